@@ -1,0 +1,73 @@
+"""me_stats: does sampling one language model per token follow the ensemble's law?
+
+CE (`CESampler`) draws each token from the mixture Σ λ_i P_i. ME (`MESampler`) draws a component, runs it
+alone and draws from its law. `exact` proves on enumerable models that the two agree, `goodness`,
+`martingale` and `equivalence` bound the difference on real ones.
+
+The root imports nothing heavy; names load their modules at first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "CESampler": "me_stats.samplers",
+    "MESampler": "me_stats.samplers",
+    "SequenceMixtureSampler": "me_stats.samplers",
+    "ConstantMixing": "me_stats.mixing",
+    "Conditioned": "me_stats.models",
+    "Ensemble": "me_stats.models",
+    "LanguageModel": "me_stats.models",
+    "RowStreams": "me_stats.draws",
+    "Trace": "me_stats.trace",
+    "Vocabulary": "me_stats.vocabulary",
+    "score": "me_stats.trace",
+}
+_MODULES = ("divergence", "equivalence", "exact", "goodness", "martingale", "models", "samplers")
+
+if TYPE_CHECKING:
+    from me_stats import divergence, equivalence, exact, goodness, martingale, models, samplers
+    from me_stats.draws import RowStreams
+    from me_stats.mixing import ConstantMixing
+    from me_stats.models import Conditioned, Ensemble, LanguageModel
+    from me_stats.samplers import CESampler, MESampler, SequenceMixtureSampler
+    from me_stats.trace import Trace, score
+    from me_stats.vocabulary import Vocabulary
+
+__all__ = [
+    "CESampler",
+    "Conditioned",
+    "ConstantMixing",
+    "Ensemble",
+    "LanguageModel",
+    "MESampler",
+    "RowStreams",
+    "SequenceMixtureSampler",
+    "Trace",
+    "Vocabulary",
+    "__version__",
+    "divergence",
+    "equivalence",
+    "exact",
+    "goodness",
+    "martingale",
+    "models",
+    "samplers",
+    "score",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _HOME:
+        return getattr(importlib.import_module(_HOME[name]), name)
+    if name in _MODULES:
+        return importlib.import_module(f"me_stats.{name}")
+    raise AttributeError(f"module 'me_stats' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

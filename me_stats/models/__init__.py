@@ -1,0 +1,34 @@
+"""Language models: toys, transformers, and the algebra that combines them."""
+
+from me_stats.models.base import Cost, LanguageModel, Session
+from me_stats.models.conditioned import Conditioned
+from me_stats.models.ensemble import Ensemble
+from me_stats.models.toy import MarkovModel, TableModel
+from me_stats.models.warped import Greedy, MinP, Temperature, TopK, TopP, Warp, Warped
+
+__all__ = [
+    "Conditioned",
+    "Cost",
+    "Ensemble",
+    "Greedy",
+    "LanguageModel",
+    "MarkovModel",
+    "MinP",
+    "Session",
+    "TableModel",
+    "Temperature",
+    "TopK",
+    "TopP",
+    "TransformersModel",
+    "Warp",
+    "Warped",
+]
+
+
+def __getattr__(name: str) -> object:
+    # transformers takes seconds to import, and toys do not need it.
+    if name == "TransformersModel":
+        from me_stats.models.huggingface import TransformersModel
+
+        return TransformersModel
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,129 @@
+"""The mixture Σ λ_i P_i as a language model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from me_stats.mixing import Mixing
+from me_stats.models.base import (
+    Cost,
+    LanguageModel,
+    Prefix,
+    Session,
+    checked_laws,
+    open_session,
+    require_language_model,
+)
+from me_stats.models.base import path_log_probs as component_path_log_probs
+
+
+class Ensemble(LanguageModel):
+    r"""Mixture of K laws over one vocabulary, :math:`P(x|c) = \sum_i w_i(c) P_i(x|c)`.
+
+    Parameters
+    ----------
+    components
+        K language models over equal vocabularies. Transforms of single components
+        (``Warped(m, TopK(5))``) go here: transform-then-mix, which ME samples exactly.
+    mixing
+        The weights, `ConstantMixing` or any rule of the prefix.
+
+    Raises
+    ------
+    ValueError
+        If the vocabularies differ or the mixing has another number of components.
+
+    Examples
+    --------
+    >>> from me_stats.mixing import ConstantMixing
+    >>> from me_stats.models.toy import MarkovModel
+    >>> a, b = MarkovModel.random(3, seed=0), MarkovModel.random(3, seed=1)
+    >>> ensemble = Ensemble([a, b], ConstantMixing([0.5, 0.5]))
+    >>> mean = (a.log_probs([(0,)]).exp() + b.log_probs([(0,)]).exp()) / 2
+    >>> bool(torch.allclose(ensemble.log_probs([(0,)]).exp(), mean))
+    True
+
+    Source: arXiv 2605.00419, section 2.1.
+    """
+
+    def __init__(self, components: Sequence[Any], mixing: Mixing) -> None:
+        if not components:
+            raise ValueError("components must hold at least one language model")
+        if not isinstance(mixing, Mixing):
+            raise TypeError(f"mixing must be a Mixing such as ConstantMixing([...]), got {mixing!r}")
+        for i, component in enumerate(components):
+            require_language_model(component, name=f"components[{i}]")
+            components[0].vocabulary.require_equal(
+                component.vocabulary, name="components[0]", other_name=f"components[{i}]"
+            )
+        if mixing.n_components != len(components):
+            raise ValueError(
+                f"mixing has {mixing.n_components} weights for {len(components)} components; give one each"
+            )
+        self.components = tuple(components)
+        self.mixing = mixing
+        self.vocabulary = components[0].vocabulary
+
+    def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
+        laws = [checked_laws(c, c.log_probs(prefixes), len(prefixes)) for c in self.components]
+        return mix(laws, self.mixing.log_weights(prefixes))
+
+    def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> EnsembleSession:
+        return EnsembleSession(self, prompts, max_new_tokens=max_new_tokens)
+
+    def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
+        for laws, log_weights in self.component_paths(prompts, tokens):
+            yield mix(list(laws), log_weights)
+
+    def component_paths(
+        self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]
+    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """Teacher-forced laws of each component, K × (T_row, V), and log-weights (T_row, K), per row."""
+        paths = [component_path_log_probs(c, prompts, tokens) for c in self.components]
+        for prompt, path, *laws in zip(prompts, tokens, *paths, strict=True):
+            prefixes = [(*prompt, *path[:step]) for step in range(len(path))]
+            yield tuple(laws), self.mixing.log_weights(prefixes)
+
+    def __repr__(self) -> str:
+        return f"Ensemble({list(self.components)!r}, {self.mixing!r})"
+
+
+class EnsembleSession:
+    """One session per component, each catching up only when it is read."""
+
+    def __init__(
+        self, ensemble: Ensemble, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None
+    ) -> None:
+        self.components: tuple[Session, ...] = tuple(
+            open_session(c, prompts, max_new_tokens=max_new_tokens) for c in ensemble.components
+        )
+        self.mixing = ensemble.mixing.session(prompts)
+
+    @property
+    def cost(self) -> Cost:
+        return sum((session.cost for session in self.components), Cost())
+
+    def append(self, rows: np.ndarray, tokens: Tensor) -> None:
+        for session in self.components:
+            session.append(rows, tokens)
+        self.mixing.append(rows, tokens)
+
+    def log_probs(self, rows: np.ndarray) -> Tensor:
+        return mix([session.log_probs(rows) for session in self.components], self.mixing.log_weights(rows))
+
+
+def mix(laws: Sequence[Tensor], log_weights: Tensor) -> Tensor:
+    """log Σ_i w_i P_i from K laws (B, V) and log-weights (B, K), in the laws' precision.
+
+    Weights that round to zero mass keep their -inf; no term is ever inf - inf.
+    """
+    weights = log_weights.to(laws[0].device, torch.promote_types(laws[0].dtype, torch.float32))
+    mixed = laws[0] + weights[:, :1]
+    for i, law in enumerate(laws[1:], start=1):
+        mixed = torch.logaddexp(mixed, law.to(mixed.device) + weights[:, i : i + 1])
+    return mixed

@@ -1,0 +1,85 @@
+"""ME, the mixture-model-like ensemble: ancestral sampling, one component per token."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from me_stats.draws import Draw
+from me_stats.models.ensemble import Ensemble, EnsembleSession
+from me_stats.models.warped import Warped
+from me_stats.samplers import tabular
+from me_stats.samplers.base import Batch, Sampler
+
+
+class MESampler(Sampler):
+    r"""Draws a component :math:`m \sim \mathrm{Cat}(w(prefix))`, runs it alone, and draws from its law.
+
+    The token's law given the prefix is :math:`\sum_i w_i P_i`, the law that `CESampler` draws from, at one
+    model run per token instead of K. Components that were not drawn catch up when they are.
+
+    Parameters
+    ----------
+    ensemble
+        An Ensemble: transforms must stand inside it, on single components (transform-then-mix).
+
+    Raises
+    ------
+    TypeError
+        For anything else. A transform of the mixture needs all K laws at every step.
+
+    Source: arXiv 2605.00419, section 2.2.
+    """
+
+    def __init__(self, ensemble: Ensemble) -> None:
+        if not isinstance(ensemble, Ensemble):
+            raise TypeError(_refusal(type(self).__name__, ensemble))
+        super().__init__(ensemble)
+
+    def _plan(self) -> tabular.Plan | None:
+        return tabular.Plan.ancestral(self.model)
+
+    def _components(
+        self, log_weights: Tensor, rows: np.ndarray, positions: np.ndarray, step: int, draw: Draw,
+        memory: dict[str, Any],
+    ) -> np.ndarray:  # fmt: skip
+        """The component (B,) that writes each row's next token."""
+        return draw(log_weights, rows, step, stream="component").cpu().numpy()
+
+    def _step(
+        self, batch: Batch, positions: np.ndarray, step: int, draw: Draw, memory: dict[str, Any]
+    ) -> tuple[Tensor, np.ndarray | None]:
+        session = batch.session
+        assert isinstance(session, EnsembleSession)
+        rows = batch.rows[positions]
+        # Weights live on the host, so the path is known before any forward and no token is waited for.
+        chosen = self._components(session.mixing.log_weights(positions), rows, positions, step, draw, memory)
+        parts, places = [], []
+        for i, component in enumerate(session.components):
+            mine = np.flatnonzero(chosen == i)
+            if len(mine):
+                laws, index = batch.read(component, positions[mine], step)
+                parts.append(draw(laws, rows[mine], step, stream="token", index=index))
+                places.append(mine)
+        if len(parts) == 1:
+            return parts[0], chosen
+        back = torch.from_numpy(np.argsort(np.concatenate(places), kind="stable")).to(parts[0].device)
+        return torch.cat([part.to(parts[0].device) for part in parts])[back], chosen
+
+
+def _refusal(sampler: str, model: object) -> str:
+    if isinstance(model, Warped) and isinstance(model.model, Ensemble):
+        warps = ", ".join(map(repr, model.warps))
+        return (
+            f"{sampler} cannot sample Warped(Ensemble, {warps}): this is mix-then-transform, g(Σ λ_i P_i), and "
+            "g needs all K laws at every step (drawing one component gives Σ λ_i g(P_i), another law unless g "
+            "is affine). Exact choices: transform-then-mix, "
+            f"Ensemble([Warped(m, {warps}) for m in models], mixing), or CESampler of this model"
+        )
+    return (
+        f"{sampler} needs an Ensemble, which says what the components are; got {type(model).__name__}. "
+        "CESampler takes any LanguageModel"
+    )
