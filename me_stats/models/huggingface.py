@@ -1,0 +1,217 @@
+"""Any causal language model that transformers loads, as a LanguageModel."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from me_stats.models.base import LanguageModel, Prefix, PrefixSession, Session
+from me_stats.models.catalog import resolve
+from me_stats.models.ragged import RaggedSession, attention_for
+from me_stats.vocabulary import Vocabulary
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_LOGIT_BYTES = 256 << 20  # teacher-forced logits that are held at a time
+
+
+class TransformersModel(LanguageModel):
+    """A Hugging Face causal LM: next-token laws in float32, whatever the weights' dtype.
+
+    Parameters
+    ----------
+    name
+        A catalog name (``"bundled:prose"``, ``"smollm2-135m"``), a local folder, a hub id, or a loaded
+        ``PreTrainedModel`` (then give `tokenizer` too, unless prompts are token ids).
+    dtype
+        ``"float32"``, ``"bfloat16"`` or ``"float16"``; default float32 by name, unchanged for a loaded model.
+    device
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
+    max_cache_gb
+        Bound on the keys and values of one session, in GiB; samplers split their rows into batches that
+        stay below it.
+    session
+        ``"ragged"``: lazy key-value synchronisation with one forward for all rows that are read.
+        ``"prefix"``: no cache, for architectures that keep other state than keys and values.
+
+    Attributes
+    ----------
+    context_length
+        Longest sequence that the model takes, or None where the config names none.
+
+    Raises
+    ------
+    ValueError
+        Unknown dtype, a checkpoint that is not a causal LM, a prompt that is empty or past the context
+        window, logits with NaN.
+
+    Notes
+    -----
+    `log_probs` is a padded prefill through the model's usual attention with no cache: the definition that
+    the session is tested against. Logit rows past the tokenizer's last id carry no token and are left out.
+    """
+
+    def __init__(
+        self,
+        name: str | Path | PreTrainedModel,
+        *,
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        device: str = "cpu",
+        tokenizer: Any = None,
+        max_cache_gb: float = 4.0,
+        session: Literal["ragged", "prefix"] = "ragged",
+    ) -> None:
+        if dtype is not None and dtype not in _DTYPES:
+            raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
+        if max_cache_gb <= 0:
+            raise ValueError(f"max_cache_gb must be positive, got {max_cache_gb}")
+        if isinstance(name, PreTrainedModel):
+            self.name = name.config.name_or_path or type(name).__name__
+            self.network: Any = name if dtype is None else name.to(_DTYPES[dtype])
+        else:
+            self.name = str(name)
+            self.network, loaded = _load(str(name), _DTYPES[dtype or "float32"])
+            tokenizer = tokenizer if tokenizer is not None else loaded
+        self.network = self.network.to(device).eval().requires_grad_(False)
+        config = self.network.config.get_text_config()
+        if session == "ragged":
+            try:
+                self.network.set_attn_implementation(attention_for(self.network))
+            except ValueError as error:
+                raise ValueError(
+                    f"{self.name} has {error}, whose state cannot be kept per row; "
+                    "use session='prefix' (correct, but without a cache)"
+                ) from error
+        self._session_kind = session
+        self._cache_bytes = int(max_cache_gb * 2**30)
+        self._config = config
+        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self.vocabulary = _vocabulary(self.network, tokenizer)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.network.dtype  # type: ignore[no-any-return]
+
+    @property
+    def device(self) -> torch.device:
+        return self.network.device  # type: ignore[no-any-return]
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all parameters: what one decoding step has to read."""
+        return sum(parameter.nbytes for parameter in self.network.parameters())
+
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values that one token of one row takes over all layers."""
+        config = self._config
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        return 2 * config.num_hidden_layers * heads * width * self.dtype.itemsize
+
+    def rows_that_fit(self, length: int) -> int:
+        """Rows of `length` tokens whose keys and values stay below ``max_cache_gb``."""
+        return max(1, self._cache_bytes // (self.cache_bytes_per_token() * length))
+
+    def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
+        self._check(prefixes)
+        laws = [law[-1:] for law in self._prefill(prefixes, [len(prefix) - 1 for prefix in prefixes])]
+        return torch.cat(laws)
+
+    def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> Session:
+        self._check(prompts, extra=max_new_tokens or 0)
+        if self._session_kind == "prefix":
+            return PrefixSession(self, prompts)
+        return RaggedSession(
+            self.network,
+            prompts,
+            size=self.vocabulary.size,
+            max_new_tokens=max_new_tokens,
+            max_length=self.context_length,
+        )
+
+    def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
+        self._check(prompts, extra=max(map(len, tokens), default=0))
+        rows = [(*prompt, *path[:-1]) for prompt, path in zip(prompts, tokens, strict=True) if len(path)]
+        starts = [len(prompt) - 1 for prompt, path in zip(prompts, tokens, strict=True) if len(path)]
+        laws = self._prefill(rows, starts)
+        for path in tokens:
+            yield next(laws) if len(path) else torch.empty((0, self.vocabulary.size), device=self.device)
+
+    def _prefill(self, rows: Sequence[Prefix], starts: Sequence[int]) -> Iterator[Tensor]:
+        """Laws after positions starts[row]..end of each row, by right-padded batches without a cache."""
+        index = 0
+        while index < len(rows):
+            taken, longest = 0, 0
+            while index + taken < len(rows):
+                wider = max(longest, len(rows[index + taken]))
+                if taken and (taken + 1) * wider * self.vocabulary.size * 4 > _LOGIT_BYTES:
+                    break
+                longest, taken = wider, taken + 1
+            part = rows[index : index + taken]
+            ids = np.zeros((taken, longest), dtype=np.int64)
+            for i, row in enumerate(part):
+                ids[i, : len(row)] = row
+            first = min(starts[index : index + taken])
+            with torch.no_grad():
+                # Causal attention never looks right, so padding on the right needs no mask.
+                logits = self.network(
+                    input_ids=torch.from_numpy(ids).to(self.device), use_cache=False, logits_to_keep=longest - first
+                ).logits[:, :, : self.vocabulary.size]
+            for i, row in enumerate(part):
+                laws = logits[i, starts[index + i] - first : len(row) - first].float().log_softmax(-1)
+                if laws.is_cpu and bool(laws[:, 0].isnan().any()):
+                    raise ValueError(f"{self.name} returned NaN logits; check the checkpoint, or use a wider dtype")
+                yield laws
+            index += taken
+
+    def _check(self, prompts: Sequence[Prefix], *, extra: int = 0) -> None:
+        if not all(map(len, prompts)):
+            raise ValueError(f"an empty prompt gives {self.name} nothing to read; start with at least one token")
+        longest = max(map(len, prompts), default=0)
+        if self.context_length is not None and longest + extra > self.context_length:
+            raise ValueError(
+                f"prompt of {longest} tokens and {extra} new ones exceed the context window of {self.name} "
+                f"({self.context_length} tokens); shorten the prompt or max_new_tokens"
+            )
+
+    def __repr__(self) -> str:
+        return f"TransformersModel({self.name!r}, {str(self.dtype).removeprefix('torch.')})"
+
+
+def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    source = resolve(name)
+    try:
+        config = AutoConfig.from_pretrained(source)
+        network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, config=config)
+    except ValueError as error:
+        if "Unrecognized configuration class" in str(error) or "Unrecognized model" in str(error):
+            raise ValueError(f"{name} is not a causal language model that transformers can load") from error
+        raise ValueError(f"cannot load {name}: {_first_line(error)}") from error
+    except OSError as error:
+        raise ValueError(f"cannot load {name}: {_first_line(error)}") from error
+    return network, AutoTokenizer.from_pretrained(source)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+
+
+def _vocabulary(network: Any, tokenizer: Any) -> Vocabulary:
+    width = network.config.get_text_config().vocab_size
+    known = width if tokenizer is None else min(width, len(tokenizer))
+    declared = network.generation_config.eos_token_id if network.generation_config is not None else None
+    if declared is None:
+        declared = network.config.get_text_config().eos_token_id
+    eos = [declared] if isinstance(declared, int) else list(declared or [])
+    fingerprint = "ids"
+    if tokenizer is not None:
+        table = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
+        fingerprint = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:16]
+    return Vocabulary(known, eos=tuple(t for t in eos if t < known), fingerprint=fingerprint, tokenizer=tokenizer)
