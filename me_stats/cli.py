@@ -1,0 +1,287 @@
+"""The ``me-stats`` command."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import click
+import typer
+from rich.console import Console
+
+from me_stats import __version__, cli_models
+
+if TYPE_CHECKING:
+    from me_stats.record import Record
+    from me_stats.reproduce import Part
+
+app = typer.Typer(
+    help="Does sampling one model per token (ME) follow the ensemble's law (CE)? Exact proofs on toys, bounds on "
+    "real models.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+app.add_typer(cli_models.app, name="models")
+
+OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+
+class Dtype(StrEnum):
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"me-stats {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def reproduce(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Toys and the bundled models only, smaller samples: no download.")
+    ] = False,
+    models: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--models",
+            metavar="A B ...",
+            help="Run on these instead: catalog names, folders or hub ids over one vocabulary; a single model runs "
+            "under two system prompts.",
+        ),
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="PART ...", help="Only these parts (names as in the report).")
+    ] = None,
+    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the models' weights.")] = Dtype.float32,
+    seed: Annotated[int, typer.Option(min=0, help="Keys every random number of the run.")] = 0,
+    out: Annotated[Path, typer.Option(help="Folder for the records, figures and the report.")] = Path("report"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Do all parts again, also finished ones.")] = False,
+) -> None:
+    """Check the paper's claims by experiment, and write a report with figures, bounds and verdicts.
+
+    Toys are proved exactly, by walking every random path of the samplers. Transformers are enumerated where
+    sequences are short, then sampled, tested and bounded. Finished parts are kept: run the same command again
+    after an interruption and it goes on where it stopped.
+
+    Exit code: 0 all checks held, 1 a check failed, 2 bad usage or missing models.
+
+    \b
+    Examples:
+      me-stats reproduce --quick
+      me-stats reproduce
+      me-stats reproduce --models Qwen/Qwen2.5-3B-Instruct Qwen/Qwen2.5-Math-1.5B-Instruct --device cuda --dtype bfloat16
+    """
+    from me_stats import reproduce as job
+
+    console = Console(stderr=True)
+    _check_out(out)
+    _check_device(device)
+    parts = job.plan(quick=quick, models=models, dtype=dtype.value, device=device, seed=seed)
+    if only:
+        unknown = sorted(set(only) - {part.name for part in parts})
+        if unknown:
+            known = ", ".join(part.name for part in parts)
+            raise ValueError(f"--only {' '.join(unknown)}: no such part; this run has {known}")
+        parts = [part for part in parts if part.name in only]
+    _pull_missing(parts, console)
+    records = _run(parts, out / "records", fresh, console)
+    page = _write(records, out)
+    from me_stats.report.markdown import verdict_table
+
+    Console().print(verdict_table(records))
+    failed = [f"{record.name}: {name}" for record in records for name, held in record.checks.items() if not held]
+    for line in failed:
+        console.print(f"[bold red]check failed[/] {line}", highlight=False)
+    checks = sum(len(record.checks) for record in records)
+    console.print(f"{checks - len(failed)} of {checks} checks held. Report: {page}", highlight=False)
+    if failed:
+        raise typer.Exit(CHECK_FAILED)
+
+
+@app.command()
+def report(
+    records: Annotated[Path, typer.Argument(help="Folder with records (JSON) of earlier runs.")],
+    out: Annotated[Path, typer.Option(help="Folder for the report.")] = Path("report"),
+    figures: Annotated[Path | None, typer.Option(help="Folder for the figures; default OUT/figures.")] = None,
+    paper: Annotated[
+        Path | None, typer.Option(help="Also write the claim-by-claim table (paper_repro.md) to this file.")
+    ] = None,
+) -> None:
+    """Draw the figures and write the report again from records, without running anything.
+
+    Example:  me-stats report experiments/results --out report --paper paper_repro.md
+    """
+    from me_stats.record import Record, write_atomically
+    from me_stats.report.markdown import paper_repro
+
+    paths = sorted(records.glob("*.json"))
+    if not paths:
+        raise ValueError(f"{records} holds no records; run 'me-stats reproduce' first")
+    loaded = _in_order([Record.load(path) for path in paths])
+    _check_out(out)
+    page = _write(loaded, out, figures)
+    if paper is not None:
+        write_atomically(paper, paper_repro(loaded))
+        typer.echo(paper)
+    typer.echo(page)
+
+
+def _run(parts: Sequence[Part], folder: Path, fresh: bool, console: Console) -> list[Record]:
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    from me_stats import reproduce as job
+
+    done: list[Record] = []
+    columns = (
+        SpinnerColumn(),
+        TextColumn("{task.fields[part]}"),
+        BarColumn(bar_width=24),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+        TextColumn("{task.fields[note]}"),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+        task = bar.add_task("", total=len(parts), part="", note="")
+        for i, part in enumerate(parts):
+            record = None if fresh else job.finished(part, folder)
+            bar.update(task, completed=i, part=f"{i + 1}/{len(parts)} {part.name}", note="")
+            if record is None:
+                if not console.is_terminal:
+                    console.print(f"{i + 1}/{len(parts)} {part.name} ...", highlight=False)
+                try:
+                    record = job.run_part(part, folder, _reporter(bar.update, task, i))
+                except KeyboardInterrupt:
+                    bar.stop()
+                    console.print(
+                        f"\ninterrupted: {len(done)} finished parts are kept in {folder}; "
+                        "the same command goes on from there",
+                        highlight=False,
+                    )
+                    raise
+                mark = "[green]✓[/]" if record.held else "[red]✗[/]"
+                console.print(f"{mark} {part.name}  {record.wall_s:.0f} s", highlight=False)
+            else:
+                console.print(f"[green]✓[/] {part.name}  done before", highlight=False)
+            done.append(record)
+    return done
+
+
+def _reporter(update: Callable[..., None], task: object, base: int) -> Callable[[float, str], None]:
+    def report_progress(fraction: float, note: str) -> None:
+        update(task, completed=base + fraction, note=note)
+
+    return report_progress
+
+
+def _write(records: Sequence[Record], out: Path, folder: Path | None = None) -> Path:
+    from me_stats import reproduce as job
+    from me_stats.record import write_atomically
+    from me_stats.report.html import write_html
+    from me_stats.report.markdown import report_markdown
+
+    for record in records:
+        record.save(out / "records" / f"{record.name}.json")
+    figures = job.draw_figures(records, folder or out / "figures")
+    write_atomically(out / "report.md", report_markdown(records, figures))
+    return write_html(records, figures, out / "index.html")
+
+
+def _in_order(records: list[Record]) -> list[Record]:
+    from me_stats import reproduce as job
+
+    return sorted(records, key=lambda record: (job.rank(record.name), record.name))
+
+
+def _pull_missing(parts: Sequence[Part], console: Console) -> None:
+    """Bring the catalog models that the parts need; refuse names that nothing can open before any work."""
+    from me_stats.models import catalog
+
+    for name in dict.fromkeys(name for part in parts for name in getattr(part.config, "models", ())):
+        if name in catalog.CATALOG and not catalog.pulled(name):
+            with console.status(f"pulling {name}"):
+                catalog.pull(name, progress=lambda line: console.print(line, highlight=False, markup=False))
+        catalog.resolve(name)
+
+
+def _check_out(out: Path) -> None:
+    """Fail before any work if the results could not be written."""
+    folder = out / "records"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to {out}: {error.strerror}; choose another --out") from error
+
+
+def _check_device(device: str) -> None:
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def _spread(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
+    """``--models A B`` as ``--models A --models B``, which is how the parser wants repeated values.
+
+    >>> _spread(["reproduce", "--models", "a", "b", "--quick"], ["--models"])
+    ['reproduce', '--models', 'a', '--models', 'b', '--quick']
+    """
+    out: list[str] = []
+    current: str | None = None
+    for argument in arguments:
+        if argument.startswith("-"):
+            current = argument if argument in options else None
+        elif current is not None and out[-1] != current:
+            out.append(current)
+        out.append(argument)
+    return out
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; bad input ends in one line and exit code 2, never in a traceback."""
+    given = _spread(list(sys.argv[1:] if arguments is None else arguments), ["--models", "--only"])
+    from me_stats.models.catalog import CatalogError
+
+    try:
+        code = app(given, standalone_mode=False, prog_name="me-stats")
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except (KeyboardInterrupt, click.Abort):
+        code = INTERRUPTED
+    except OSError as error:
+        full = "the disk is full: free some space and run the same command again; what is finished is kept"
+        code = _fail(full if error.errno == errno.ENOSPC else str(error))
+    except (ValueError, TypeError, CatalogError) as error:
+        code = _fail(str(error))
+    sys.exit(code or OK)
+
+
+def _fail(message: str) -> int:
+    if os.environ.get("ME_STATS_TRACEBACK"):
+        raise  # noqa: PLE0704  (called while an exception is handled)
+    typer.echo(f"me-stats: {' '.join(message.split())}", err=True)
+    return BAD_USAGE

@@ -1,0 +1,95 @@
+"""Ensembles and prompts to run on, by name: what experiments and the command line open."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from me_stats.mixing import ConstantMixing
+from me_stats.models import Conditioned, Ensemble, TransformersModel
+from me_stats.vocabulary import Prompt
+
+SIBLINGS = ("bundled:prose", "bundled:code")
+
+# One model under two system prompts is an ensemble of two laws over one vocabulary (prompt ensembling).
+SYSTEM_PROMPTS = (
+    "You are a careful teacher of mathematics. Explain each step and end with the result.",
+    "You are a storyteller by the sea. Answer with pictures, moods and small surprises.",
+)
+
+CHAT_PROMPTS = (
+    "A baker sells 3 loaves in the morning and twice as many in the afternoon. How many loaves is that?",
+    "Why does the moon look larger near the horizon?",
+    "Describe a quiet street after rain.",
+    "What should I pack for two days in the mountains?",
+)
+TEXT_PROMPTS = (
+    "def read(path):\n    ",
+    "The names of the ",
+    "class Node:\n    def __init__(self, ",
+    "An expression is evaluated ",
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """An ensemble ready to run, with prompts that suit it and a name for tables."""
+
+    label: str
+    ensemble: Ensemble
+    prompts: tuple[Prompt, ...]
+    models: tuple[tuple[str, Any], ...]
+
+
+def open_setting(
+    models: Sequence[str],
+    *,
+    weights: Sequence[float] | None = None,
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32",
+    device: str = "cpu",
+) -> Setting:
+    """Open models by name as an ensemble: several models mixed, or one under two system prompts.
+
+    Parameters
+    ----------
+    models
+        Names that `TransformersModel` takes. One name means prompt ensembling.
+    weights
+        λ; default (0.6, 0.4) for two components, so that a swap of components shows, else equal.
+    """
+    if not models:
+        raise ValueError("models must name at least one model")
+    opened = [TransformersModel(name, dtype=dtype, device=device) for name in models]
+    if len(opened) == 1:
+        components, prompts = _under_system_prompts(opened[0])
+        label = f"{models[0]} under {len(components)} prompts"
+    else:
+        components = opened
+        prompts = TEXT_PROMPTS if tuple(models) == SIBLINGS else CHAT_PROMPTS
+        label = "bundled siblings" if tuple(models) == SIBLINGS else " + ".join(models)
+    if weights is None:
+        weights = (0.6, 0.4) if len(components) == 2 else (1 / len(components),) * len(components)
+    ensemble = Ensemble(components, ConstantMixing(weights))
+    return Setting(label, ensemble, tuple(prompts), tuple(zip(models, opened, strict=True)))
+
+
+def _under_system_prompts(model: TransformersModel) -> tuple[list[Conditioned], list[Prompt]]:
+    """One component per system prompt, and prompts that hold everything after it."""
+    tokenizer = model.vocabulary.tokenizer
+    if getattr(tokenizer, "chat_template", None) is None:
+        contexts = [f"{system}\n\n" for system in SYSTEM_PROMPTS]
+        return [Conditioned(model, context) for context in contexts], list(TEXT_PROMPTS)
+    heads = [_chat(tokenizer, [("system", system)]) for system in SYSTEM_PROMPTS]
+    prompts: list[Prompt] = []
+    for text in CHAT_PROMPTS:
+        whole = _chat(tokenizer, [("system", SYSTEM_PROMPTS[0]), ("user", text)], reply=True)
+        if not whole.startswith(heads[0]):
+            raise ValueError(f"the chat template of {model.name} does not put the system prompt first")
+        prompts.append(whole[len(heads[0]) :])
+    return [Conditioned(model, head) for head in heads], prompts
+
+
+def _chat(tokenizer: Any, turns: Sequence[tuple[str, str]], *, reply: bool = False) -> str:
+    messages = [{"role": role, "content": content} for role, content in turns]
+    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))

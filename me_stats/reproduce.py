@@ -1,0 +1,161 @@
+"""The main job: run the experiments part by part, keep what is finished, draw and report.
+
+A part is one experiment on one set of models. Its record is written when it is complete, and a run that
+finds a record of the same configuration does not do the part again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from me_stats.presets import SIBLINGS
+from me_stats.record import Record, config_key
+
+# The real language model that a full run takes along, under two system prompts.
+LANGUAGE_MODEL = ("smollm2-135m",)
+
+Progress = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One experiment on one set of models."""
+
+    experiment: str
+    tag: str
+    config: Any
+
+    @property
+    def name(self) -> str:
+        return f"{self.experiment}-{self.tag}" if self.tag else self.experiment
+
+    @property
+    def key(self) -> str:
+        return config_key(self.experiment, self.config)
+
+
+def load(folder: str, name: str) -> ModuleType:
+    """Module `name` of the repository's ``experiments`` or ``figures`` folder.
+
+    The folders stand beside the package in a clone, and inside it in an installed wheel.
+    """
+    package = Path(__file__).resolve().parent
+    for root in (package.parent, package / "_shipped"):
+        path = root / folder / f"{name}.py"
+        if path.is_file():
+            qualified = f"me_stats_{folder}.{name}"
+            if qualified in sys.modules:
+                return sys.modules[qualified]
+            spec = importlib.util.spec_from_file_location(qualified, path)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            sys.modules[qualified] = module  # dataclasses look their module up while it loads
+            spec.loader.exec_module(module)
+            return module
+    raise FileNotFoundError(f"{folder}/{name}.py is neither beside the package nor inside it; reinstall me_stats")
+
+
+def plan(
+    *,
+    quick: bool = False,
+    models: Sequence[str] | None = None,
+    dtype: str = "float32",
+    device: str = "cpu",
+    seed: int = 0,
+) -> list[Part]:
+    """The parts of a run: toys, then each set of models.
+
+    `models` replaces the default sets; the siblings and toys need no download and run in every case.
+    """
+    toys = _config("toy_equivalence", seed=seed, **({"shapes": ((2, 5, 3), (3, 3, 3), (4, 2, 3))} if quick else {}))
+    parts = [Part("toy_equivalence", "", toys)]
+    where = {"dtype": dtype, "device": device, "seed": seed}
+    if models is None:
+        parts += _siblings(where, quick=quick)
+        if not quick:
+            parts += _language_models(LANGUAGE_MODEL, where)
+    else:
+        parts += _siblings(where, quick=quick) if tuple(models) == SIBLINGS else _language_models(models, where)
+    return parts
+
+
+def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
+    small: dict[str, dict[str, Any]] = {
+        "per_step": {"prompts": 2, "draws": 100_000, "margin": 0.02},
+        "sequences": {"exact_cases": ((3, 4), (0, 1)), "rows": 64, "coupled_rows": 8, "steps": 48},
+        "cache_floor": {"rows": 4, "steps": 64},
+        "transform_order": {"rows": 8},
+        "generation": {"repeats": 1},
+    }
+    chosen = small if quick else {name: {} for name in small}
+    return [_part(name, "siblings", SIBLINGS, where, **options) for name, options in chosen.items()]
+
+
+def _language_models(models: Sequence[str], where: dict[str, Any]) -> list[Part]:
+    tag = "+".join(name.replace("/", "_").replace(":", "_") for name in models)
+    chosen: dict[str, dict[str, Any]] = {
+        "per_step": {"prompts": 1, "draws": 2_000_000},
+        "sequences": {"exact_cases": ((3, 3),), "rows": 32, "steps": 32, "coupled_rows": 4},
+        "cache_floor": {"rows": 4, "steps": 48, "lags": (1, 4, 16)},
+        "transform_order": {"rows": 8, "steps": 32},
+        "generation": {"steps": 16, "repeats": 3, "required": 8.0},
+    }
+    return [_part(name, tag, tuple(models), where, **options) for name, options in chosen.items()]
+
+
+def _part(name: str, tag: str, models: Sequence[str], where: dict[str, Any], **options: Any) -> Part:
+    # The cache floor is measured in every dtype, so it takes no dtype of its own.
+    known = {k: v for k, v in where.items() if not (name == "cache_floor" and k == "dtype")}
+    return Part(name, tag, _config(name, models=tuple(models), **known, **options))
+
+
+def _config(name: str, **options: Any) -> Any:
+    return load("experiments", name).Config(**options)
+
+
+def finished(part: Part, records: Path) -> Record | None:
+    """The part's record, if it was completed with this configuration and all its checks held."""
+    path = records / f"{part.name}.json"
+    try:
+        record = Record.load(path)
+    except (OSError, ValueError):
+        return None
+    return record if record.key == part.key and record.held else None
+
+
+def run_part(part: Part, records: Path, progress: Progress) -> Record:
+    """Run a part and write its record."""
+    record: Record = load("experiments", part.experiment).run(part.config, progress)
+    record = dataclasses.replace(record, name=part.name)
+    record.save(records / f"{part.name}.json")
+    return record
+
+
+# The order in which a report tells the story.
+ORDER = ("toy_equivalence", "per_step", "sequences", "cache_floor", "transform_order", "generation")
+
+
+def rank(name: str) -> int:
+    """Place of a record in the report."""
+    return next((i for i, experiment in enumerate(ORDER) if name.startswith(experiment)), len(ORDER))
+
+
+def draw_figures(records: Sequence[Record], folder: Path) -> dict[str, list[Any]]:
+    """Figures of each record by record name; an experiment without a figure script has none."""
+    figures: dict[str, list[Any]] = {}
+    for record in records:
+        experiment = next((name for name in ORDER if record.name.startswith(name)), None)
+        if experiment is not None:
+            try:
+                script = load("figures", experiment)
+            except FileNotFoundError:
+                continue
+            figures[record.name] = [script.draw(record, folder)]
+    return figures
