@@ -18,6 +18,7 @@ from me_stats import __version__, cli_models
 
 if TYPE_CHECKING:
     from me_stats.record import Record
+    from me_stats.report import Figures
     from me_stats.reproduce import Part
 
 app = typer.Typer(
@@ -104,13 +105,14 @@ def reproduce(
         parts = [part for part in parts if part.name in only]
     _pull_missing(parts, console)
     records = _run(parts, out / "records", fresh, console)
-    page = _write(records, out)
+    page, _ = _write(records, out)
+    from me_stats.report import failures
     from me_stats.report.markdown import verdict_table
 
     Console().print(verdict_table(records))
-    failed = [f"{record.name}: {name}" for record in records for name, held in record.checks.items() if not held]
-    for line in failed:
-        console.print(f"[bold red]check failed[/] {line}", highlight=False)
+    failed = failures(records)
+    for name, check in failed:
+        console.print("[bold red]check failed[/]", f"{name}: {check}", highlight=False, markup=True)
     checks = sum(len(record.checks) for record in records)
     console.print(f"{checks - len(failed)} of {checks} checks held. Report: {page}", highlight=False)
     if failed:
@@ -138,9 +140,10 @@ def report(
         raise ValueError(f"{records} holds no records; run 'me-stats reproduce' first")
     loaded = _in_order([Record.load(path) for path in paths])
     _check_out(out)
-    page = _write(loaded, out, figures)
+    page, drawn = _write(loaded, out, figures)
     if paper is not None:
-        write_atomically(paper, paper_repro(loaded))
+        text = paper_repro(loaded, figures=drawn, commands=_commands(loaded), generated_by="make figures")
+        write_atomically(paper, text)
         typer.echo(paper)
     typer.echo(page)
 
@@ -192,7 +195,7 @@ def _reporter(update: Callable[..., None], task: object, base: int) -> Callable[
     return report_progress
 
 
-def _write(records: Sequence[Record], out: Path, folder: Path | None = None) -> Path:
+def _write(records: Sequence[Record], out: Path, folder: Path | None = None) -> tuple[Path, Figures]:
     from me_stats import reproduce as job
     from me_stats.record import write_atomically
     from me_stats.report.html import write_html
@@ -201,8 +204,21 @@ def _write(records: Sequence[Record], out: Path, folder: Path | None = None) -> 
     for record in records:
         record.save(out / "records" / f"{record.name}.json")
     figures = job.draw_figures(records, folder or out / "figures")
-    write_atomically(out / "report.md", report_markdown(records, figures))
-    return write_html(records, figures, out / "index.html")
+    commands = _commands(records)
+    write_atomically(out / "report.md", report_markdown(records, figures, commands=commands))
+    return write_html(records, figures, out / "index.html", commands=commands), figures
+
+
+def _commands(records: Sequence[Record]) -> dict[str, str]:
+    """The command that makes each record again, its models included where they are not the default."""
+    from me_stats import reproduce as job
+
+    default = {part.name for part in job.plan()}
+    commands = {}
+    for record in records:
+        models = "" if record.name in default else f" --models {' '.join(record.config.get('models', ()))}"
+        commands[record.name] = f"me-stats reproduce{models} --only {record.name}"
+    return commands
 
 
 def _in_order(records: list[Record]) -> list[Record]:
@@ -263,6 +279,8 @@ def _spread(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends in one line and exit code 2, never in a traceback."""
     given = _spread(list(sys.argv[1:] if arguments is None else arguments), ["--models", "--only"])
+    # Loading bars of transformers would be drawn into our own; tqdm reads this when it is first imported.
+    os.environ.setdefault("TQDM_DISABLE", "1")
     from me_stats.models.catalog import CatalogError
 
     try:

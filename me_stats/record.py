@@ -149,8 +149,8 @@ class Recorder:
     _started: float = field(default_factory=time.perf_counter)
 
     def check(self, name: str, held: bool) -> bool:
-        """Note a named check and return whether it held."""
-        self.checks[name] = bool(held)
+        """Note a named check and return whether it held; a name that failed once has failed."""
+        self.checks[name] = self.checks.get(name, True) and bool(held)
         return bool(held)
 
     def find(self, **finding: Any) -> None:
