@@ -134,7 +134,7 @@ def _judge(recorder: Recorder, rows: list[dict[str, Any]], config: Config, label
             bound=f"{config.confidence:.0%} confidence, joint",
             verdict="reproduced at small scale" if held else "refuted as stated",
             held=held,
-            caveat=f"a test at level {config.level:g} sees TV {visible:.4f} on its most sensitive partition with power 0.8",
+            caveat=f"a test at level {config.level:g} sees TV {visible:.4f} on its best partition with power 0.8",
         )
     planted = max(row["planted"]["pvalue"] for row in rows)
     recorder.check(

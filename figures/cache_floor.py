@@ -42,8 +42,8 @@ def draw(record: Record, folder: Path) -> Figure:
     worst = {row["dtype"]: max(c["max"] for c in row["lags"].values()) for row in rows}
     floors = ", ".join(f"{dtype} {value:.1e}" for dtype, value in worst.items())
     caption = (
-        "Lazy key-value synchronisation against a fresh prefill. The wide pale lines are transformers' own cache, fed "
-        f"one token at a time: the numerical floor of the model. Largest TV of a law: {floors}. A cache that misses one "
-        "token (dashed) is orders of magnitude away."
+        "Lazy key-value synchronisation stays at the numerical floor of the model: the wide pale lines are "
+        f"transformers' own cache, fed one token at a time. Largest TV of a law: {floors}. A cache that misses "
+        "one token (dashed) is orders of magnitude away."
     )
     return Figure(tuple(save(fig, folder / record.name, {"caption": caption, "key": record.key})), caption)

@@ -21,7 +21,8 @@ def draw(record: Record, folder: Path) -> Figure:
         mine = sorted((row for row in rows if row["sampler"] == name), key=lambda row: row["batch"])
         middle = np.array([row["tokens_per_second"] for row in mine]) / unit
         spread = np.array([row["spread"] for row in mine]).T / unit
-        speed.errorbar(batches, middle, yerr=np.abs(spread - middle), marker=MARKERS[name], color=COLORS[name], label=name)
+        error = np.abs(spread - middle)
+        speed.errorbar(batches, middle, yerr=error, marker=MARKERS[name], color=COLORS[name], label=name)
         place = np.arange(len(batches)) + (0.2 if name == "ME" else -0.2)
         reads.bar(place, [row["reads"] / row["tokens"] for row in mine], width=0.36, color=COLORS[name], label=name)
     speed.set(xscale="log", yscale="log", xlabel="rows in a batch", ylabel=f"tokens/s, ME at batch {batches[0]} = 1")
@@ -33,8 +34,8 @@ def draw(record: Record, folder: Path) -> Figure:
     fig.legend(*speed.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     gain = record.results["batch_gain"]
     caption = (
-        f"Generations on {record.results['label']}: medians and range of {record.config['repeats']} interleaved runs. ME at "
-        f"batch {batches[-1]} writes {gain:.1f} times as many tokens a second as at batch {batches[0]}. ME computes one "
-        "next-token law a token, CE one per component; rows of one prompt share their first."
+        f"ME at batch {batches[-1]} writes {gain:.1f} times as many tokens a second as at batch {batches[0]} "
+        f"({record.results['label']}; medians and range of {record.config['repeats']} interleaved runs). ME computes "
+        "one next-token law a token, CE one per component; rows of one prompt share their first."
     )
     return Figure(tuple(save(fig, folder / record.name, {"caption": caption, "key": record.key})), caption)

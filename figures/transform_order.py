@@ -32,9 +32,9 @@ def draw(record: Record, folder: Path) -> Figure:
     ax.legend(loc="lower left", bbox_to_anchor=(0.12, 0.0))
     ten = transforms["top-k 10"]
     caption = (
-        f"How far mix-then-transform lies from transform-then-mix on {record.results['label']}, over "
-        f"{record.results['prefixes']:,} prefixes of ME generations (bars: 10% to 90% of prefixes). With top-k 10 the "
+        f"Mix-then-transform is another law than transform-then-mix ({record.results['label']}, "
+        f"{record.results['prefixes']:,} prefixes of ME generations; bars: 10% to 90% of prefixes). With top-k 10 the "
         f"mean is TV {ten['mean']:.3f} a step, and ME puts {ten['outside_support']:.1%} of its mass on tokens that "
-        f"mix-then-transform excludes. With the transform inside the mixture the two samplers' laws agree to {floor:.0e}."
+        f"mix-then-transform excludes. With the transform inside the mixture, the samplers' laws agree to {floor:.0e}."
     )
     return Figure(tuple(save(fig, folder / record.name, {"caption": caption, "key": record.key})), caption)

@@ -89,7 +89,7 @@ def reproduce(
     Examples:
       me-stats reproduce --quick
       me-stats reproduce
-      me-stats reproduce --models Qwen/Qwen2.5-3B-Instruct Qwen/Qwen2.5-Math-1.5B-Instruct --device cuda --dtype bfloat16
+      me-stats reproduce --models Qwen/Qwen2.5-3B-Instruct Qwen/Qwen2.5-Math-1.5B-Instruct --device cuda
     """
     from me_stats import reproduce as job
 
@@ -300,6 +300,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _fail(message: str) -> int:
     if os.environ.get("ME_STATS_TRACEBACK"):
-        raise  # noqa: PLE0704  (called while an exception is handled)
+        raise
     typer.echo(f"me-stats: {' '.join(message.split())}", err=True)
     return BAD_USAGE

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from me_stats.mixing import ConstantMixing
-from me_stats.models import Conditioned, Ensemble, TransformersModel
+from me_stats.models import Conditioned, Ensemble, LanguageModel, TransformersModel
 from me_stats.vocabulary import Prompt
 
 SIBLINGS = ("bundled:prose", "bundled:code")
@@ -61,12 +61,13 @@ def open_setting(
     if not models:
         raise ValueError("models must name at least one model")
     opened = [TransformersModel(name, dtype=dtype, device=device) for name in models]
+    components: Sequence[LanguageModel]
     if len(opened) == 1:
         components, prompts = _under_system_prompts(opened[0])
         label = f"{models[0]} under {len(components)} prompts"
     else:
         components = opened
-        prompts = TEXT_PROMPTS if tuple(models) == SIBLINGS else CHAT_PROMPTS
+        prompts = list(TEXT_PROMPTS if tuple(models) == SIBLINGS else CHAT_PROMPTS)
         label = "bundled siblings" if tuple(models) == SIBLINGS else " + ".join(models)
     if weights is None:
         weights = (0.6, 0.4) if len(components) == 2 else (1 / len(components),) * len(components)

@@ -16,7 +16,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -175,12 +175,12 @@ class Recorder:
         )
 
     def finish(self, results: dict[str, Any]) -> Record:
-        config = asdict(self.config) if is_dataclass(self.config) else dict(self.config)
+        config = plain(self.config)
         return Record(
             name=self.name,
             title=self.title,
             key=config_key(self.name, config),
-            config=plain(config),
+            config=config,
             findings=tuple(self.findings),
             checks=dict(self.checks),
             results=plain(results),
@@ -195,8 +195,7 @@ def config_key(name: str, config: Any) -> str:
     """Hash that a record must carry to stand in for running `name` with `config`."""
     from me_stats import __version__
 
-    data = asdict(config) if is_dataclass(config) and not isinstance(config, type) else config
-    text = json.dumps([SCHEMA, __version__, name, plain(data)], sort_keys=True)
+    text = json.dumps([SCHEMA, __version__, name, plain(config)], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 

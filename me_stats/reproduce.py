@@ -54,7 +54,8 @@ def load(folder: str, name: str) -> ModuleType:
             if qualified in sys.modules:
                 return sys.modules[qualified]
             spec = importlib.util.spec_from_file_location(qualified, path)
-            assert spec is not None and spec.loader is not None
+            assert spec is not None
+            assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[qualified] = module  # dataclasses look their module up while it loads
             spec.loader.exec_module(module)

@@ -1,10 +1,17 @@
 """Language models: toys, transformers, and the algebra that combines them."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from me_stats.models.base import Cost, LanguageModel, Session
 from me_stats.models.conditioned import Conditioned
 from me_stats.models.ensemble import Ensemble
 from me_stats.models.toy import MarkovModel, TableModel
 from me_stats.models.warped import Greedy, MinP, Temperature, TopK, TopP, Warp, Warped
+
+if TYPE_CHECKING:
+    from me_stats.models.huggingface import TransformersModel
 
 __all__ = [
     "Conditioned",

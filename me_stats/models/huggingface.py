@@ -45,6 +45,8 @@ class TransformersModel(LanguageModel):
     ----------
     context_length
         Longest sequence that the model takes, or None where the config names none.
+    source
+        Identity of the weights: hub commit, or sha256.
 
     Raises
     ------
@@ -75,10 +77,12 @@ class TransformersModel(LanguageModel):
         if isinstance(name, PreTrainedModel):
             self.name = name.config.name_or_path or type(name).__name__
             self.network: Any = name if dtype is None else name.to(_DTYPES[dtype])
+            self.source: dict[str, str] = {}
         else:
             self.name = str(name)
             self.network, loaded = _load(str(name), _DTYPES[dtype or "float32"])
             tokenizer = tokenizer if tokenizer is not None else loaded
+            self.source = _identity(resolve(str(name)), self.network)
         self.network = self.network.to(device).eval().requires_grad_(False)
         config = self.network.config.get_text_config()
         if session == "ragged":
@@ -97,11 +101,11 @@ class TransformersModel(LanguageModel):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.network.dtype  # type: ignore[no-any-return]
+        return self.network.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.network.device  # type: ignore[no-any-return]
+        return self.network.device
 
     @property
     def weight_bytes(self) -> int:
@@ -197,6 +201,22 @@ def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
     except OSError as error:
         raise ValueError(f"cannot load {name}: {_first_line(error)}") from error
     return network, AutoTokenizer.from_pretrained(source)
+
+
+def _identity(source: str, network: Any) -> dict[str, str]:
+    """What tells these weights from others: a hub commit, or the sha256 of the local files."""
+    commit = getattr(network.config, "_commit_hash", None)
+    if commit:
+        return {"hub": source, "commit": commit}
+    manifest = Path(source) / "me_stats.json"
+    if manifest.is_file():
+        return {"sha256": " ".join(json.loads(manifest.read_text())["weights_sha256"].values())}
+    weights = sorted(Path(source).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for path in weights:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return {"sha256": digest.hexdigest()} if weights else {}
 
 
 def _first_line(error: Exception) -> str:
