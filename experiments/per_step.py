@@ -6,6 +6,7 @@ A planted error in λ shows what the test can see.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -123,6 +124,9 @@ def _judge(recorder: Recorder, rows: list[dict[str, Any]], config: Config, label
         upper = max(row[name]["tv_upper"] for row in rows)
         pvalue = min(1.0, len(rows) * min(row[name]["pvalue"] for row in rows))
         visible = max(row[name]["min_detectable_tv"] for row in rows)
+        power = f"sees TV {visible:.4f} on its best partition with power 0.8"
+        if math.isinf(visible):
+            power = "has no power at some prompt: too few draws, or one token has all the mass"
         held = pvalue > config.level and upper <= config.margin
         recorder.find(
             claim="C1",
@@ -134,7 +138,7 @@ def _judge(recorder: Recorder, rows: list[dict[str, Any]], config: Config, label
             bound=f"{config.confidence:.0%} confidence, joint",
             verdict="reproduced at small scale" if held else "refuted as stated",
             held=held,
-            caveat=f"a test at level {config.level:g} sees TV {visible:.4f} on its best partition with power 0.8",
+            caveat=f"a test at level {config.level:g} {power}",
         )
     planted = max(row["planted"]["pvalue"] for row in rows)
     recorder.check(

@@ -7,6 +7,7 @@ generations with every conditional known, and the control that marginal tests ca
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -68,8 +69,11 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     _judge_tests(recorder, tested, config, label, per_prompt * len(setting.prompts))
     progress(0.9, "coupling CE and ME")
     coupled = _couple(ensemble, setting.prompts, config)
-    recorder.check(f"CE in latent form and ME write the same tokens ({label})", coupled["latent"])
-    recorder.check(f"a row's tokens do not depend on batch size, order or neighbours ({label})", coupled["alone"])
+    # Rounding depends on the shape of a batch. In half precision it moves laws by up to some hundredths (see
+    # cache_floor), which now and then is a token, so equality is asked of float32 alone.
+    if config.dtype == "float32":
+        recorder.check(f"CE in latent form and ME write the same tokens ({label})", coupled["latent"])
+        recorder.check(f"a row's tokens do not depend on batch size, order or neighbours ({label})", coupled["alone"])
     return recorder.finish({"label": label, "exact": enumerated, "tests": tested, "coupled": coupled})
 
 
@@ -157,7 +161,11 @@ def _judge_tests(recorder: Recorder, tested: dict[str, Any], config: Config, lab
     for name in ("ME", "CE"):
         outcome = tested[name]
         λ_score = outcome["results"][0]
-        held = outcome["pvalue"] > config.level
+        power = f"sees an effect of {λ_score['detects']:.3g} ({λ_score['unit']}) with power 0.8"
+        if math.isinf(λ_score["detects"]):
+            power = "has no power: the components that have weight agree at every step"
+        # Without power there is nothing that could have been rejected.
+        held = outcome["pvalue"] > config.level and math.isfinite(λ_score["detects"])
         recorder.find(
             claim="C2",
             statement=f"{name}: generations with every conditional known, martingale tests",
@@ -168,8 +176,7 @@ def _judge_tests(recorder: Recorder, tested: dict[str, Any], config: Config, lab
             bound="no bound over all sequences; power stated",
             verdict="reproduced at small scale" if held else "refuted as stated",
             held=held,
-            caveat=f"the λ-score sees an effect of {λ_score['detects']:.3g} ({λ_score['unit']}) with power 0.8 "
-            f"at level {config.level / 8:.1e}",
+            caveat=f"the λ-score at level {config.level / 8:.1e} {power}",
         )
     control = tested["sequence mixture"]
     recorder.check(

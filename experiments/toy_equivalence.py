@@ -93,7 +93,7 @@ def _judge(recorder: Recorder, rows: list[dict[str, object]], config: Config) ->
         return max(float(row[key]) for row in chosen)  # type: ignore[arg-type]
 
     random = [row for row in rows if "toy" in str(row["toy"])]
-    steps = sorted({int(row["T"]) for row in rows})  # type: ignore[call-overload]
+    steps, counts = (sorted({int(row[axis]) for row in rows}) for axis in ("T", "K"))  # type: ignore[call-overload]
     agree = max(worst("tv_me", rows), worst("tv_ce", rows))
     held = agree < config.tolerance
     paths = f"{len(rows)} laws, every path"
@@ -111,7 +111,9 @@ def _judge(recorder: Recorder, rows: list[dict[str, object]], config: Config) ->
         claim="C2", statement=f"whole sequences of T = {steps[0]}..{steps[-1]} tokens, transform-then-mix", **common
     )
     recorder.find(
-        claim="C3", statement="K = 2..4, random weights, a zero weight, identical and disjoint components", **common
+        claim="C3",
+        statement=f"K = {counts[0]}..{counts[-1]}, random weights, a zero weight, identical and disjoint components",
+        **common,
     )
     for name in TRANSFORMS:
         gaps = [float(row["tv_mix_then_transform"]) for row in random if row["transform"] == name]  # type: ignore[arg-type]

@@ -27,10 +27,36 @@ _HOME = {
     "Vocabulary": "me_stats.vocabulary",
     "score": "me_stats.trace",
 }
-_MODULES = ("divergence", "equivalence", "exact", "goodness", "martingale", "models", "samplers")
+_MODULES = (
+    "chi_square",
+    "divergence",
+    "equivalence",
+    "exact",
+    "goodness",
+    "martingale",
+    "models",
+    "prefixes",
+    "samplers",
+    "sequence_divergence",
+    "steps",
+    "tails",
+)
 
 if TYPE_CHECKING:
-    from me_stats import divergence, equivalence, exact, goodness, martingale, models, samplers
+    from me_stats import (
+        chi_square,
+        divergence,
+        equivalence,
+        exact,
+        goodness,
+        martingale,
+        models,
+        prefixes,
+        samplers,
+        sequence_divergence,
+        steps,
+        tails,
+    )
     from me_stats.draws import RowStreams
     from me_stats.mixing import ConstantMixing
     from me_stats.models import Conditioned, Ensemble, LanguageModel
@@ -50,14 +76,19 @@ __all__ = [
     "Trace",
     "Vocabulary",
     "__version__",
+    "chi_square",
     "divergence",
     "equivalence",
     "exact",
     "goodness",
     "martingale",
     "models",
+    "prefixes",
     "samplers",
     "score",
+    "sequence_divergence",
+    "steps",
+    "tails",
 ]
 
 
