@@ -74,10 +74,12 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     results = {name: _summary(torch.cat(gaps[name]), torch.cat(outside[name])) for name in TRANSFORMS}
     results["none"]["note"] = "the two orders are one law"
     mean, largest = float(floor.mean()), float(floor.max())
+    # Both orders start from the same component laws, so what "none" shows is all the rounding between them.
+    rounding = results["none"]["max"]
     for name in TRANSFORMS:
         if name != "none":
             size = results[name]["mean"]
-            recorder.check(f"{name}: the orders differ by TV {size:.3f} a step ({setting.label})", size > 3 * mean)
+            recorder.check(f"{name}: the orders differ by TV {size:.3f} a step ({setting.label})", size > 10 * rounding)
     recorder.check(
         f"transform-then-mix through sessions stays at the floor, mean TV {mean:.1e} a step ({setting.label})",
         mean < _largest_floor(config.dtype),

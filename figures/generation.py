@@ -33,9 +33,11 @@ def draw(record: Record, folder: Path) -> Figure:
     reads.grid(axis="x", visible=False)
     fig.legend(*speed.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     gain = record.results["batch_gain"]
+    finding = f"CE and ME at batch {batches[0]}"
+    if gain is not None:
+        finding = f"ME at batch {batches[-1]} writes {gain:.1f} times as many tokens a second as at batch {batches[0]}"
     caption = (
-        f"ME at batch {batches[-1]} writes {gain:.1f} times as many tokens a second as at batch {batches[0]} "
-        f"({record.results['label']}; medians and range of {record.config['repeats']} interleaved runs). ME computes "
-        "one next-token law a token, CE one per component; rows of one prompt share their first."
+        f"{finding} ({record.results['label']}; medians and range of {record.config['repeats']} interleaved runs). "
+        "ME computes one next-token law a token, CE one per component; rows of one prompt share their first."
     )
     return Figure(tuple(save(fig, folder / record.name, {"caption": caption, "key": record.key})), caption)

@@ -14,7 +14,7 @@ from me_stats.report.style import COLORS, figure, save
 def draw(record: Record, folder: Path) -> Figure:
     """One row per transform: mean, the 10% to 90% range over prefixes, and the largest."""
     transforms = {name: row for name, row in record.results["transforms"].items() if name != "none"}
-    floor = record.results["floor"]
+    floor = max(record.results["floor"], 1e-9)  # a logarithmic axis has no zero
     ordered = sorted(transforms, key=lambda name: transforms[name]["mean"])
     fig, ax = figure(columns=1, height=2.5)
     y = np.arange(len(ordered))
@@ -35,6 +35,7 @@ def draw(record: Record, folder: Path) -> Figure:
         f"Mix-then-transform is another law than transform-then-mix ({record.results['label']}, "
         f"{record.results['prefixes']:,} prefixes of ME generations; bars: 10% to 90% of prefixes). With top-k 10 the "
         f"mean is TV {ten['mean']:.3f} a step, and ME puts {ten['outside_support']:.1%} of its mass on tokens that "
-        f"mix-then-transform excludes. With the transform inside the mixture, the samplers' laws agree to {floor:.0e}."
+        "mix-then-transform excludes. With the transform inside the mixture, the samplers' laws agree to "
+        f"{floor:.0e} on average (dashed)."
     )
     return Figure(tuple(save(fig, folder / record.name, {"caption": caption, "key": record.key})), caption)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from me_stats import __version__, cli_models
 
@@ -31,6 +33,9 @@ app = typer.Typer(
 app.add_typer(cli_models.app, name="models")
 
 OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+
+# Usage errors of the click that typer carries within it or, in older versions, stands on.
+_UsageError: Any = typer.BadParameter.__base__
 
 
 class Dtype(StrEnum):
@@ -83,7 +88,7 @@ def reproduce(
     sequences are short, then sampled, tested and bounded. Finished parts are kept: run the same command again
     after an interruption and it goes on where it stopped.
 
-    Exit code: 0 all checks held, 1 a check failed, 2 bad usage or missing models.
+    Exit code: 0 all checks held, 1 a check failed, 2 bad usage or missing models, 130 interrupted.
 
     \b
     Examples:
@@ -112,9 +117,9 @@ def reproduce(
     Console().print(verdict_table(records))
     failed = failures(records)
     for name, check in failed:
-        console.print("[bold red]check failed[/]", f"{name}: {check}", highlight=False, markup=True)
+        console.print(f"[bold red]check failed[/] {escape(f'{name}: {check}')}", highlight=False, soft_wrap=True)
     checks = sum(len(record.checks) for record in records)
-    console.print(f"{checks - len(failed)} of {checks} checks held. Report: {page}", highlight=False)
+    _say(console, f"{checks - len(failed)} of {checks} checks held. Report: {page}")
     if failed:
         raise typer.Exit(CHECK_FAILED)
 
@@ -140,6 +145,8 @@ def report(
         raise ValueError(f"{records} holds no records; run 'me-stats reproduce' first")
     loaded = _in_order([Record.load(path) for path in paths])
     _check_out(out)
+    for record in loaded:
+        record.save(out / "records" / f"{record.name}.json")
     page, drawn = _write(loaded, out, figures)
     if paper is not None:
         text = paper_repro(loaded, figures=drawn, commands=_commands(loaded), generated_by="make figures")
@@ -169,23 +176,28 @@ def _run(parts: Sequence[Part], folder: Path, fresh: bool, console: Console) -> 
             bar.update(task, completed=i, part=f"{i + 1}/{len(parts)} {part.name}", note="")
             if record is None:
                 if not console.is_terminal:
-                    console.print(f"{i + 1}/{len(parts)} {part.name} ...", highlight=False)
+                    _say(console, f"{i + 1}/{len(parts)} {part.name} ...")
                 try:
                     record = job.run_part(part, folder, _reporter(bar.update, task, i))
                 except KeyboardInterrupt:
                     bar.stop()
-                    console.print(
+                    _say(
+                        console,
                         f"\ninterrupted: {len(done)} finished parts are kept in {folder}; "
                         "the same command goes on from there",
-                        highlight=False,
                     )
                     raise
                 mark = "[green]✓[/]" if record.held else "[red]✗[/]"
-                console.print(f"{mark} {part.name}  {record.wall_s:.0f} s", highlight=False)
+                console.print(f"{mark} {escape(part.name)}  {record.wall_s:.0f} s", highlight=False, soft_wrap=True)
             else:
-                console.print(f"[green]✓[/] {part.name}  done before", highlight=False)
+                console.print(f"[green]✓[/] {escape(part.name)}  done before", highlight=False, soft_wrap=True)
             done.append(record)
     return done
+
+
+def _say(console: Console, line: str) -> None:
+    """A line for people, in which a bracket is a bracket and which is broken nowhere."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _reporter(update: Callable[..., None], task: object, base: int) -> Callable[[float, str], None]:
@@ -201,8 +213,6 @@ def _write(records: Sequence[Record], out: Path, folder: Path | None = None) -> 
     from me_stats.report.html import write_html
     from me_stats.report.markdown import report_markdown
 
-    for record in records:
-        record.save(out / "records" / f"{record.name}.json")
     figures = job.draw_figures(records, folder or out / "figures")
     commands = _commands(records)
     write_atomically(out / "report.md", report_markdown(records, figures, commands=commands))
@@ -210,14 +220,22 @@ def _write(records: Sequence[Record], out: Path, folder: Path | None = None) -> 
 
 
 def _commands(records: Sequence[Record]) -> dict[str, str]:
-    """The command that makes each record again, its models included where they are not the default."""
+    """The command that makes each record again, with the options that are not the default."""
     from me_stats import reproduce as job
 
     default = {part.name for part in job.plan()}
+    usual = {"device": "cpu", "dtype": "float32", "seed": 0}
     commands = {}
     for record in records:
-        models = "" if record.name in default else f" --models {' '.join(record.config.get('models', ()))}"
-        commands[record.name] = f"me-stats reproduce{models} --only {record.name}"
+        config = record.config
+        options = {name: config[name] for name in usual if config.get(name, usual[name]) != usual[name]}
+        if record.name not in default and "models" in config:
+            options["models"] = config["models"]
+        full, quick = ({part.key for part in job.plan(**options, quick=small)} for small in (False, True))
+        words = ["me-stats", "reproduce"] + ["--quick"] * (record.key in quick - full)
+        for name, value in options.items():
+            words += [f"--{name}", *map(str, value if name == "models" else [value])]
+        commands[record.name] = shlex.join([*words, "--only", record.name])
     return commands
 
 
@@ -234,7 +252,7 @@ def _pull_missing(parts: Sequence[Part], console: Console) -> None:
     for name in dict.fromkeys(name for part in parts for name in getattr(part.config, "models", ())):
         if name in catalog.CATALOG and not catalog.pulled(name):
             with console.status(f"pulling {name}"):
-                catalog.pull(name, progress=lambda line: console.print(line, highlight=False, markup=False))
+                catalog.pull(name, progress=partial(_say, console))
         catalog.resolve(name)
 
 
@@ -281,21 +299,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     given = _spread(list(sys.argv[1:] if arguments is None else arguments), ["--models", "--only"])
     # Loading bars of transformers would be drawn into our own; tqdm reads this when it is first imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
-    from me_stats.models.catalog import CatalogError
-
     try:
         code = app(given, standalone_mode=False, prog_name="me-stats")
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
+    except _UsageError as error:
+        message = error.format_message()  # empty where the help has just been printed
+        code = _fail(f"{message.rstrip('.')}; see '{error.ctx.command_path} --help'") if message else BAD_USAGE
+    except (KeyboardInterrupt, typer.Abort):
         code = INTERRUPTED
     except OSError as error:
-        full = "the disk is full: free some space and run the same command again; what is finished is kept"
-        code = _fail(full if error.errno == errno.ENOSPC else str(error))
-    except (ValueError, TypeError, CatalogError) as error:
+        code = _fail(_explain(error))
+    except (ValueError, TypeError, RuntimeError) as error:
+        # Loading the catalog loads torch, which --help and --version can do without.
+        catalog = sys.modules.get("me_stats.models.catalog")
+        if isinstance(error, RuntimeError) and not (catalog and isinstance(error, catalog.CatalogError)):
+            raise
         code = _fail(str(error))
     sys.exit(code or OK)
+
+
+def _explain(error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return "the disk is full: free some space and run the same command again; what is finished is kept"
+    where = f"{error.filename}: " if error.filename else ""
+    return f"{where}{error.strerror}" if error.strerror else str(error)
 
 
 def _fail(message: str) -> int:

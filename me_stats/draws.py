@@ -7,6 +7,7 @@ every path of the same sampler code.
 
 from __future__ import annotations
 
+import operator
 from typing import Literal, Protocol
 
 import numpy as np
@@ -17,7 +18,10 @@ Stream = Literal["component", "token"]
 
 # One Philox key per purpose, so that CE and ME share token randomness whatever else they draw.
 _STREAM_KEYS: dict[Stream, int] = {"component": 0, "token": 1}
-_BLOCK = 16  # uniforms per row that are generated together; 4 Philox counters of 4 words each
+BLOCK = 16  # uniforms per row that are generated together; 4 Philox counters of 4 words each
+_SEED_BITS = 120  # what Philox's 128-bit key leaves beside the stream
+_GAP = 64  # rows that are cheaper to generate and drop than to start a generator anew
+UNIFORM_BITS = 53  # uniforms are k·2⁻⁵³, the finest grid on which all of [0, 1) is exact in float64
 
 
 class Draw(Protocol):
@@ -89,7 +93,7 @@ class RowStreams:
 
     Philox4x64-10 (Salmon et al. 2011) as shipped by numpy, keyed by seed and stream, with the row and
     the step in the counter. A row therefore sees the same numbers in any batch, in any order and on any
-    machine, and the component path of a row is known before its first forward.
+    machine, and the component path of a row is known before its first forward. Seeds have up to 120 bits.
 
     >>> streams = RowStreams(seed=7)
     >>> alone = streams.uniforms(np.array([5]), step=3, stream="token")
@@ -99,9 +103,9 @@ class RowStreams:
     """
 
     def __init__(self, seed: int) -> None:
-        if seed < 0:
-            raise ValueError(f"seed must be a non-negative integer, got {seed}")
-        self.seed = seed
+        self.seed = operator.index(seed)
+        if not 0 <= self.seed < 2**_SEED_BITS:
+            raise ValueError(f"seed must lie in 0..2**{_SEED_BITS} - 1, got {seed}")
         self._blocks: dict[Stream, tuple[int, np.ndarray, np.ndarray]] = {}
 
     def __call__(
@@ -112,25 +116,27 @@ class RowStreams:
 
     def uniforms(self, rows: np.ndarray, step: int, *, stream: Stream) -> np.ndarray:
         """Uniforms (B,) float64 in [0, 1) on a grid of 2⁻⁵³, for `rows` at `step`."""
-        block, offset = divmod(step, _BLOCK)
+        if not len(rows):
+            return np.empty(0)
+        block, offset = divmod(step, BLOCK)
         cached = self._blocks.get(stream)
         known = cached[1] if cached is not None else np.empty(0, dtype=np.int64)
         place = np.searchsorted(known, rows)
         missing = bool((known[np.minimum(place, len(known) - 1)] != rows).any()) if len(known) else True
         if cached is None or cached[0] != block or missing:
             known = np.union1d(known, rows) if missing else known
-            cached = (block, known, self.block(known, block, stream=stream))
+            cached = (block, known, self.integers(known, block, stream=stream) * 2.0**-UNIFORM_BITS)
             self._blocks[stream] = cached
             place = np.searchsorted(known, rows)
         return cached[2][place, offset]
 
-    def block(self, rows: np.ndarray, block: int, *, stream: Stream) -> np.ndarray:
-        """Uniforms (B, 16) of steps 16·block to 16·block + 15 for sorted `rows`."""
-        words = np.empty((len(rows), _BLOCK), dtype=np.uint64)
-        starts = np.flatnonzero(np.diff(rows, prepend=-2) != 1)
+    def integers(self, rows: np.ndarray, block: int, *, stream: Stream) -> np.ndarray:
+        """Integers k (B, 16) of the uniforms k·2⁻⁵³ at steps 16·block to 16·block + 15 of sorted `rows`."""
         key = np.array([self.seed % 2**64, _STREAM_KEYS[stream] + (self.seed >> 64 << 8)], dtype=np.uint64)
-        for start, stop in zip(starts, [*starts[1:], len(rows)], strict=True):
-            counter = np.array([int(rows[start]) * (_BLOCK // 4), block, 0, 0], dtype=np.uint64)
-            run = np.random.Philox(key=key, counter=counter).random_raw((stop - start) * _BLOCK)
-            words[start:stop] = run.reshape(-1, _BLOCK)
-        return (words >> np.uint64(11)) * 2.0**-53
+        runs = []
+        for near in np.split(rows, np.flatnonzero(np.diff(rows) > _GAP) + 1):
+            counter = np.array([int(near[0]) * (BLOCK // 4), block, 0, 0], dtype=np.uint64)
+            words = np.random.Philox(key=key, counter=counter).random_raw(int(near[-1] - near[0] + 1) * BLOCK)
+            words >>= np.uint64(64 - UNIFORM_BITS)
+            runs.append(words.view(np.int64).reshape(-1, BLOCK)[near - near[0]])
+        return runs[0] if len(runs) == 1 else np.concatenate(runs)

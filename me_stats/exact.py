@@ -64,12 +64,10 @@ class SequenceLaw:
     def tv_distance(self, other: SequenceLaw) -> float:
         """Total variation ½ Σ |p − q| between two laws over sequences, in [0, 1]."""
         mine, theirs = self.aligned(other)
-        return float(np.abs(np.exp(mine) - np.exp(theirs)).sum() / 2)
+        return min(1.0, float(np.abs(np.exp(mine) - np.exp(theirs)).sum() / 2))
 
 
-def sequence_law(
-    model: Any, prompt: Prompt, *, max_new_tokens: int, max_sequences: int = 2_000_000
-) -> SequenceLaw:
+def sequence_law(model: Any, prompt: Prompt, *, max_new_tokens: int, max_sequences: int = 2_000_000) -> SequenceLaw:
     """Exact law of `max_new_tokens` tokens after `prompt`, from the model's conditionals.
 
     Raises
@@ -85,6 +83,8 @@ def sequence_law(
     >>> law.sequences.tolist(), np.exp(law.log_probs).round(3).tolist()
     ([[0, 0], [0, 1], [1, 0], [1, 1]], [0.81, 0.09, 0.02, 0.08])
     """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be an integer of at least 1, got {max_new_tokens}")
     eos = np.array(model.vocabulary.eos, dtype=np.int64)
     start = model.vocabulary.encode(prompt)
     live = np.zeros((1, 0), dtype=np.int64)
@@ -114,9 +114,7 @@ def sequence_law(
     return SequenceLaw.collect(np.concatenate([s for s, _ in done]), np.concatenate([w for _, w in done]))
 
 
-def sampler_law(
-    sampler: Sampler, prompt: Prompt, *, max_new_tokens: int, max_paths: int = 4_000_000
-) -> SequenceLaw:
+def sampler_law(sampler: Sampler, prompt: Prompt, *, max_new_tokens: int, max_paths: int = 4_000_000) -> SequenceLaw:
     """Exact law of what `sampler` writes, by walking every random path of its own code.
 
     Row number r of one big run is read as a mixed-radix number whose digits are the row's choices, so the
@@ -141,16 +139,16 @@ def sampler_law(
     while True:
         walk = _Walk(paths)
         trace = sampler.sample([prompt], n=paths, max_new_tokens=max_new_tokens, draw=walk)
-        needed = int(walk.radix.max())
+        needed = float(walk.radix.max())
         if needed <= paths:
             break
         # Deeper choices appear only on rows that reach them, so the count is found in rounds.
-        paths = needed
-        if paths > max_paths:
+        if needed > max_paths:
             raise ValueError(
-                f"the sampler has at least {paths:,} random paths, more than max_paths={max_paths:,}; "
+                f"the sampler has at least {needed:,.0f} random paths, more than max_paths={max_paths:,}; "
                 "shorten max_new_tokens, truncate the components (TopK) or raise max_paths"
             )
+        paths = int(needed)
     # A row whose number has digits left over repeats a shorter path of another row.
     once = walk.remaining == 0
     sequences = _padded(trace.tokens.numpy()[once], max_new_tokens)
@@ -168,17 +166,18 @@ class _Walk:
 
     def __init__(self, paths: int) -> None:
         self.remaining = np.arange(paths, dtype=np.int64)
-        self.radix = np.ones(paths, dtype=np.int64)
+        self.radix = np.ones(paths)  # floats: the product of counts may pass 2⁶³, and then is only compared
         self.log_weight = np.zeros(paths)
 
     def __call__(
         self, log_law: Tensor, rows: np.ndarray, step: int, *, stream: Stream, index: Tensor | None = None
     ) -> Tensor:
-        laws = log_law.double().cpu()
-        laws = (laws - laws.logsumexp(-1, keepdim=True)).numpy()
+        laws = log_law.double().cpu().log_softmax(-1).numpy()
         # Possible choices first, in id order, so that a digit below `count` names one of them.
         order = np.argsort(~(laws > -np.inf), axis=1, kind="stable")
         count = (laws > -np.inf).sum(1)
+        if not count.all():
+            raise ValueError("cannot draw: a next-token law has a NaN or no token with positive probability")
         law = np.arange(len(rows)) if index is None else index.cpu().numpy()
         digit = self.remaining[rows] % count[law]
         self.remaining[rows] //= count[law]

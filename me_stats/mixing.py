@@ -33,6 +33,10 @@ class Mixing(ABC):
     def session(self, prompts: Sequence[Sequence[int]]) -> MixingSession:
         return _PrefixMixingSession(self, prompts)
 
+    def path_log_weights(self, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        """Log-weights (T, K) along a given continuation: entry t is for ``tokens[t]``."""
+        return checked_log_weights(self, [(*prompt, *tokens[:step]) for step in range(len(tokens))])
+
 
 class ConstantMixing(Mixing):
     """The same weights λ at every step, as in the paper.
@@ -64,6 +68,9 @@ class ConstantMixing(Mixing):
     def session(self, prompts: Sequence[Sequence[int]]) -> MixingSession:
         return _ConstantMixingSession(self._log_weights)
 
+    def path_log_weights(self, prompt: Sequence[int], tokens: Sequence[int]) -> Tensor:
+        return self._log_weights.expand(len(tokens), -1)
+
     def __repr__(self) -> str:
         return f"ConstantMixing({[round(w, 6) for w in self.weights.tolist()]})"
 
@@ -89,7 +96,25 @@ class _PrefixMixingSession:
             self._prefixes[row] = (*self._prefixes[row], token)
 
     def log_weights(self, rows: np.ndarray) -> Tensor:
-        return self._mixing.log_weights([self._prefixes[row] for row in rows.tolist()])
+        return checked_log_weights(self._mixing, [self._prefixes[row] for row in rows.tolist()])
+
+
+def checked_log_weights(mixing: Mixing, prefixes: Sequence[Sequence[int]]) -> Tensor:
+    """The weights of `mixing` at `prefixes`, or a ValueError unless they are (B, K) log-probabilities.
+
+    ME would renormalise weights that CE uses as they are, so unnormalised ones would look like a bug in ME.
+    """
+    weights = torch.as_tensor(mixing.log_weights(prefixes))
+    name = type(mixing).__name__
+    if weights.shape != (len(prefixes), mixing.n_components):
+        raise ValueError(
+            f"{name}.log_weights returned shape {tuple(weights.shape)}, expected "
+            f"{(len(prefixes), mixing.n_components)} (one weight per component for each prefix)"
+        )
+    # A NaN fails the comparison too.
+    if not bool((weights.logsumexp(-1).abs() <= 1e-6).all()):
+        raise ValueError(f"{name}.log_weights is not normalised; return log-probabilities over the components")
+    return weights
 
 
 def _simplex(weights: Sequence[float] | np.ndarray | Tensor) -> Tensor:
@@ -102,7 +127,6 @@ def _simplex(weights: Sequence[float] | np.ndarray | Tensor) -> Tensor:
     total = float(values.sum())
     if abs(total - 1) > 1e-9:
         raise ValueError(
-            f"weights must sum to 1, got {shown} with sum {total:.12g}; "
-            "divide by the sum if proportions were meant"
+            f"weights must sum to 1, got {shown} with sum {total:.12g}; divide by the sum if proportions were meant"
         )
     return values

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jinja2 import TemplateError
+
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Conditioned, Ensemble, LanguageModel, TransformersModel
 from me_stats.vocabulary import Prompt
@@ -14,8 +16,8 @@ SIBLINGS = ("bundled:prose", "bundled:code")
 
 # One model under two system prompts is an ensemble of two laws over one vocabulary (prompt ensembling).
 SYSTEM_PROMPTS = (
-    "You are a careful teacher of mathematics. Explain each step and end with the result.",
-    "You are a storyteller by the sea. Answer with pictures, moods and small surprises.",
+    "You answer in one short plain sentence.",
+    "You are a poet. Answer in rhymed verses, one per line.",
 )
 
 CHAT_PROMPTS = (
@@ -82,6 +84,9 @@ def _under_system_prompts(model: TransformersModel) -> tuple[list[Conditioned], 
         contexts = [f"{system}\n\n" for system in SYSTEM_PROMPTS]
         return [Conditioned(model, context) for context in contexts], list(TEXT_PROMPTS)
     heads = [_chat(tokenizer, [("system", system)]) for system in SYSTEM_PROMPTS]
+    if any(system not in head for system, head in zip(SYSTEM_PROMPTS, heads, strict=True)):
+        # Some templates move it into the first user turn: the components would be one and the same.
+        raise ValueError(f"the chat template of {model.name} does not put the system prompt first")
     prompts: list[Prompt] = []
     for text in CHAT_PROMPTS:
         whole = _chat(tokenizer, [("system", SYSTEM_PROMPTS[0]), ("user", text)], reply=True)
@@ -93,4 +98,7 @@ def _under_system_prompts(model: TransformersModel) -> tuple[list[Conditioned], 
 
 def _chat(tokenizer: Any, turns: Sequence[tuple[str, str]], *, reply: bool = False) -> str:
     messages = [{"role": role, "content": content} for role, content in turns]
-    return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))
+    except TemplateError as error:
+        raise ValueError(f"the chat template takes no system prompt: {error}") from error

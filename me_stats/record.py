@@ -122,11 +122,23 @@ class Record:
         """Read a record; ValueError if the file is not one."""
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
+            if data["schema"] != SCHEMA:
+                raise ValueError(f"schema is {data['schema']!r}, this version reads {SCHEMA}")
+            for name, kind in _JSON_TYPES.items():
+                if not isinstance(data[name], kind):
+                    raise TypeError(f"{name} is of type {type(data[name]).__name__}")
             data["findings"] = tuple(Finding(**finding) for finding in data["findings"])
             data["models"] = tuple(data["models"])
             return cls(**{f.name: data[f.name] for f in fields(cls)})
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path} is not a me_stats record: {error}") from error
+        except (KeyError, TypeError, ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is not a me_stats record: {type(error).__name__}: {error}") from error
+
+
+# What a reader of a record relies on; a file with other types fails here and not in the middle of a report.
+_JSON_TYPES: dict[str, Any] = {
+    "name": str, "title": str, "key": str, "config": dict, "findings": list, "checks": dict, "results": dict,
+    "models": list, "environment": dict, "wall_s": (int, float), "finished": str,
+}  # fmt: skip
 
 
 @dataclass
@@ -265,12 +277,18 @@ def _version(package: str) -> str | None:
 
 
 def _git() -> dict[str, Any] | None:
-    here = Path(__file__).resolve().parent
+    here = Path(__file__).resolve()
+    # The first question refuses a repository that me_stats is merely installed in.
+    asked = (
+        ["ls-files", "--error-unmatch", here.name],
+        ["rev-parse", "HEAD"],
+        ["status", "--porcelain", "--untracked-files=no"],
+    )
     try:
-        run = [
-            subprocess.run(["git", "-C", str(here), *args], capture_output=True, text=True, check=True).stdout
-            for args in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+        answers = [
+            subprocess.run(["git", "-C", str(here.parent), *args], capture_output=True, text=True, check=True).stdout
+            for args in asked
         ]
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"revision": run[0].strip(), "dirty": bool(run[1].strip())}
+    return {"revision": answers[1].strip(), "dirty": bool(answers[2].strip())}

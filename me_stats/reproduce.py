@@ -58,7 +58,11 @@ def load(folder: str, name: str) -> ModuleType:
             assert spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             sys.modules[qualified] = module  # dataclasses look their module up while it loads
-            spec.loader.exec_module(module)
+            try:
+                spec.loader.exec_module(module)
+            except BaseException:
+                del sys.modules[qualified]  # half a module would pass for a whole one in the next call
+                raise
             return module
     raise FileNotFoundError(f"{folder}/{name}.py is neither beside the package nor inside it; reinstall me_stats")
 
@@ -73,7 +77,8 @@ def plan(
 ) -> list[Part]:
     """The parts of a run: toys, then each set of models.
 
-    `models` replaces the default sets; the siblings and toys need no download and run in every case.
+    `models` replaces the default sets; the toys run in every case. `quick` makes samples of toys and siblings
+    smaller and leaves out what needs a download.
     """
     toys = _config("toy_equivalence", seed=seed, **({"shapes": ((2, 5, 3), (3, 3, 3), (4, 2, 3))} if quick else {}))
     parts = [Part("toy_equivalence", "", toys)]

@@ -40,8 +40,13 @@ class Score:
 
     @cached_property
     def responsibilities(self) -> Tensor:
-        """(N, T, K) posterior probability that component i wrote the token, given prefix and token."""
-        return (self.component_log_probs + self.log_weights).softmax(-1)
+        """(N, T, K) posterior probability that component i wrote the token, given prefix and token.
+
+        1/K after the end. A token that no component can write teaches nothing: its row is the weights.
+        """
+        joint = self.component_log_probs + self.log_weights
+        impossible = (joint == -torch.inf).all(-1, keepdim=True)
+        return torch.where(impossible, self.log_weights, joint).softmax(-1)
 
 
 @dataclass(frozen=True)
@@ -135,8 +140,7 @@ def score(model: Any, prompts: Prompt | Sequence[Prompt], tokens: Sequence[Seque
     >>> score(chain, [0], [[1, 1]]).log_probs.exp()
     tensor([[0.1000, 0.8000]], dtype=torch.float64)
     """
-    listed = tokens.tolist() if isinstance(tokens, Tensor) else [list(row) for row in tokens]
-    rows = [[token for token in row if token >= 0] for row in listed]
+    rows = _written(tokens, model.vocabulary.size)
     encoded = [model.vocabulary.encode(prompt) for prompt in as_prompts(prompts)]
     if len(encoded) == 1:
         encoded *= len(rows)
@@ -157,3 +161,15 @@ def score(model: Any, prompts: Prompt | Sequence[Prompt], tokens: Sequence[Seque
             picked = law.gather(1, drawn.to(law.device)[:, None])[:, 0]
             component_log_probs[row, : len(drawn), i] = picked.to("cpu", torch.float64)
     return Score(component_log_probs, log_weights)
+
+
+def _written(tokens: Sequence[Sequence[int]] | Tensor, size: int) -> list[list[int]]:
+    """Rows of token ids without the -1 that follow their end."""
+    listed = tokens.tolist() if isinstance(tokens, Tensor) else [[int(token) for token in row] for row in tokens]
+    rows = [row[: row.index(-1)] if -1 in row else row for row in listed]
+    for row, padded in zip(rows, listed, strict=True):
+        if any(token != -1 for token in padded[len(row) :]):
+            raise ValueError("tokens has an id after a -1; -1 may only follow a row's end")
+        if row and not 0 <= min(row) <= max(row) < size:
+            raise ValueError(f"tokens has an id outside the vocabulary 0..{size - 1}")
+    return rows

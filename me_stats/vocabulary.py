@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -41,7 +42,7 @@ class Vocabulary:
     tokenizer: Any = field(default=None, compare=False, repr=False)
 
     def __post_init__(self) -> None:
-        if self.size < 1:
+        if operator.index(self.size) < 1:
             raise ValueError(f"Vocabulary size must be at least 1, got {self.size}")
         object.__setattr__(self, "eos", tuple(sorted({int(token) for token in self.eos})))
         if any(not 0 <= token < self.size for token in self.eos):
@@ -57,7 +58,10 @@ class Vocabulary:
                 )
             ids = tuple(int(token) for token in self.tokenizer.encode(prompt, add_special_tokens=False))
         else:
-            ids = tuple(int(token) for token in prompt)
+            try:
+                ids = tuple(operator.index(token) for token in prompt)
+            except TypeError as error:
+                raise TypeError(f"a prompt must be text or a sequence of integer ids, got {prompt!r:.60}") from error
         outside = [token for token in ids if not 0 <= token < self.size]
         if outside:
             raise ValueError(f"prompt has token id {outside[0]}, outside the vocabulary 0..{self.size - 1}")
@@ -101,4 +105,5 @@ def as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 
 
 def _is_token(item: object) -> bool:
-    return not isinstance(item, str) and not hasattr(item, "__len__") and hasattr(item, "__index__")
+    # Tensors and arrays have __index__ whatever they hold, so a scalar is told by its dimension.
+    return hasattr(item, "__index__") and getattr(item, "ndim", 0) == 0

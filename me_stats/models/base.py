@@ -32,7 +32,8 @@ class Cost:
     tokens_forwarded
         Tokens fed through a network, prompt included.
     reads
-        Next-token laws computed for a row. For n rows of T tokens ME reads n·T, CE n·T·K.
+        Next-token laws computed for a row. For n rows of T tokens ME reads n·T and CE n·T·K, less the first
+        token's, where all rows of a prompt share one law.
     """
 
     forwards: int = 0
@@ -113,7 +114,7 @@ class PrefixSession:
 
 def open_session(model: Any, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> Session:
     """The model's own session, or one built on its ``log_probs``."""
-    if hasattr(model, "session"):
+    if callable(getattr(model, "session", None)):
         session: Session = model.session(prompts, max_new_tokens=max_new_tokens)
         return session
     require_language_model(model)
@@ -122,7 +123,7 @@ def open_session(model: Any, prompts: Sequence[Prefix], *, max_new_tokens: int |
 
 def path_log_probs(model: Any, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
     """Teacher-forced laws per row, through the model's own fast path where it has one."""
-    if hasattr(model, "path_log_probs"):
+    if callable(getattr(model, "path_log_probs", None)):
         return iter(model.path_log_probs(prompts, tokens))
     require_language_model(model)
     return LanguageModel.path_log_probs(model, prompts, tokens)

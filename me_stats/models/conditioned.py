@@ -7,7 +7,15 @@ from typing import Any
 
 from torch import Tensor
 
-from me_stats.models.base import LanguageModel, Prefix, Session, open_session, path_log_probs, require_language_model
+from me_stats.models.base import (
+    LanguageModel,
+    Prefix,
+    Session,
+    checked_laws,
+    open_session,
+    path_log_probs,
+    require_language_model,
+)
 from me_stats.vocabulary import Prompt
 
 
@@ -29,8 +37,7 @@ class Conditioned(LanguageModel):
         self.context = self.vocabulary.encode(context)
 
     def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
-        laws: Tensor = self.model.log_probs(self._extended(prefixes))
-        return laws
+        return checked_laws(self.model, self.model.log_probs(self._extended(prefixes)), len(prefixes))
 
     def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> Session:
         return open_session(self.model, self._extended(prompts), max_new_tokens=max_new_tokens)

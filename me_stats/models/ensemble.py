@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from me_stats.mixing import Mixing
+from me_stats.mixing import Mixing, checked_log_weights
 from me_stats.models.base import (
     Cost,
     LanguageModel,
@@ -71,7 +71,7 @@ class Ensemble(LanguageModel):
 
     def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
         laws = [checked_laws(c, c.log_probs(prefixes), len(prefixes)) for c in self.components]
-        return mix(laws, self.mixing.log_weights(prefixes))
+        return mix(laws, checked_log_weights(self.mixing, prefixes))
 
     def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> EnsembleSession:
         return EnsembleSession(self, prompts, max_new_tokens=max_new_tokens)
@@ -86,8 +86,7 @@ class Ensemble(LanguageModel):
         """Teacher-forced laws of each component, K × (T_row, V), and log-weights (T_row, K), per row."""
         paths = [component_path_log_probs(c, prompts, tokens) for c in self.components]
         for prompt, path, *laws in zip(prompts, tokens, *paths, strict=True):
-            prefixes = [(*prompt, *path[:step]) for step in range(len(path))]
-            yield tuple(laws), self.mixing.log_weights(prefixes)
+            yield tuple(laws), self.mixing.path_log_weights(prompt, path)
 
     def __repr__(self) -> str:
         return f"Ensemble({list(self.components)!r}, {self.mixing!r})"
@@ -96,9 +95,7 @@ class Ensemble(LanguageModel):
 class EnsembleSession:
     """One session per component, each catching up only when it is read."""
 
-    def __init__(
-        self, ensemble: Ensemble, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None
-    ) -> None:
+    def __init__(self, ensemble: Ensemble, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> None:
         self.components: tuple[Session, ...] = tuple(
             open_session(c, prompts, max_new_tokens=max_new_tokens) for c in ensemble.components
         )

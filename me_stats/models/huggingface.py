@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +33,7 @@ class TransformersModel(LanguageModel):
     dtype
         ``"float32"``, ``"bfloat16"`` or ``"float16"``; default float32 by name, unchanged for a loaded model.
     device
-        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...
+        ``"cpu"``, ``"cuda"``, ``"cuda:1"``, ...; default CPU by name, unchanged for a loaded model.
     max_cache_gb
         Bound on the keys and values of one session, in GiB; samplers split their rows into batches that
         stay below it.
@@ -44,20 +44,22 @@ class TransformersModel(LanguageModel):
     Attributes
     ----------
     context_length
-        Longest sequence that the model takes, or None where the config names none.
+        Longest sequence whose law depends on its tokens alone, or None where the config names none.
     source
         Identity of the weights: hub commit, or sha256.
 
     Raises
     ------
     ValueError
-        Unknown dtype, a checkpoint that is not a causal LM, a prompt that is empty or past the context
-        window, logits with NaN.
+        Unknown dtype, a checkpoint that is broken, incomplete or not a causal LM, an architecture that the
+        ragged session cannot serve, a prompt that is empty or past the context window, logits with NaN.
 
     Notes
     -----
     `log_probs` is a padded prefill through the model's usual attention with no cache: the definition that
     the session is tested against. Logit rows past the tokenizer's last id carry no token and are left out.
+    Opening a model runs four forwards of a few tokens: they refuse a network that looks ahead, and an
+    architecture whose session leaves the definition.
     """
 
     def __init__(
@@ -65,13 +67,15 @@ class TransformersModel(LanguageModel):
         name: str | Path | PreTrainedModel,
         *,
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
-        device: str = "cpu",
+        device: str | None = None,
         tokenizer: Any = None,
         max_cache_gb: float = 4.0,
         session: Literal["ragged", "prefix"] = "ragged",
     ) -> None:
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
+        if session not in ("ragged", "prefix"):
+            raise ValueError(f"session must be 'ragged' or 'prefix', got {session!r}")
         if max_cache_gb <= 0:
             raise ValueError(f"max_cache_gb must be positive, got {max_cache_gb}")
         if isinstance(name, PreTrainedModel):
@@ -79,25 +83,55 @@ class TransformersModel(LanguageModel):
             self.network: Any = name if dtype is None else name.to(_DTYPES[dtype])
             self.source: dict[str, str] = {}
         else:
-            self.name = str(name)
-            self.network, loaded = _load(str(name), _DTYPES[dtype or "float32"])
-            tokenizer = tokenizer if tokenizer is not None else loaded
-            self.source = _identity(resolve(str(name)), self.network)
-        self.network = self.network.to(device).eval().requires_grad_(False)
-        config = self.network.config.get_text_config()
-        if session == "ragged":
-            try:
-                self.network.set_attn_implementation(attention_for(self.network))
-            except ValueError as error:
-                raise ValueError(
-                    f"{self.name} has {error}, whose state cannot be kept per row; "
-                    "use session='prefix' (correct, but without a cache)"
-                ) from error
+            self.name, device = str(name), device or "cpu"
+            self.network, tokenizer = _load(self.name, _DTYPES[dtype or "float32"], tokenizer)
+            self.source = _identity(resolve(self.name), self.network)
+        if device is not None:
+            self.network = self.network.to(device)
+        self.network = self.network.eval().requires_grad_(False)
         self._session_kind = session
-        self._cache_bytes = int(max_cache_gb * 2**30)
-        self._config = config
-        self.context_length: int | None = getattr(config, "max_position_embeddings", None)
+        self._cache_bytes, self._token_bytes = int(max_cache_gb * 2**30), 0
+        self.context_length = _context_length(self.network.config.get_text_config())
         self.vocabulary = _vocabulary(self.network, tokenizer)
+        if session == "ragged":
+            self._refusing(lambda: self.network.set_attn_implementation(attention_for(self.network)))
+        self._probe()
+
+    def _probe(self) -> None:
+        """Refuse what would be silently wrong: a network that looks ahead, a session off its definition.
+
+        Architectures differ in ways that no flag tells (position offsets, masks of their own, several
+        attentions in a layer), so four forwards of at most four tokens ask the network itself.
+        """
+        if (self.context_length or 5) < 5:
+            return
+        path = tuple(self.vocabulary.size * k // 9 for k in (1, 3, 5, 7))
+        (laws,) = self.path_log_probs([path[:1]], [(*path[1:], path[0])])  # after 1, 2, 3 and 4 tokens
+        # Far above rounding, far below what a wrong position or a leaking row does.
+        tolerance = 0.25 if self.dtype.itemsize < 4 else 0.01
+        if _distance(self.log_probs([path[:2]]), laws[1:2]) > tolerance:
+            raise ValueError(f"{self.name} is not a causal language model: its law of a token depends on later ones")
+        if self._session_kind == "ragged":
+            distance = self._refusing(lambda: _distance(self._lagging_laws(path), laws[2:]))
+            if distance > tolerance:
+                raise ValueError(_no_cache(self.name, f"laws are off by a total variation of {distance:.2g}"))
+
+    def _lagging_laws(self, path: tuple[int, ...]) -> Tensor:
+        """Laws after 3 and 4 tokens of `path` by a session whose rows have different lags."""
+        session = self.session([path[:1], path[:3]], max_new_tokens=2)
+        assert isinstance(session, RaggedSession)
+        session.log_probs(np.array([0, 1]))
+        for row, token in ((0, path[1]), (0, path[2]), (1, path[3])):
+            session.append(np.array([row]), torch.tensor([token]))
+        laws = session.log_probs(np.array([0, 1]))
+        self._token_bytes = session.cache_bytes_per_token
+        return laws
+
+    def _refusing(self, attempt: Callable[[], Any]) -> Any:
+        try:
+            return attempt()
+        except (TypeError, ValueError) as error:
+            raise ValueError(_no_cache(self.name, _first_line(error))) from error
 
     @property
     def dtype(self) -> torch.dtype:
@@ -113,23 +147,20 @@ class TransformersModel(LanguageModel):
         return sum(parameter.nbytes for parameter in self.network.parameters())
 
     def cache_bytes_per_token(self) -> int:
-        """Bytes of keys and values that one token of one row takes over all layers."""
-        config = self._config
-        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        return 2 * config.num_hidden_layers * heads * width * self.dtype.itemsize
+        """Bytes of keys and values that one token of one row takes over all layers; 0 without a cache."""
+        return self._token_bytes
 
     def rows_that_fit(self, length: int) -> int:
         """Rows of `length` tokens whose keys and values stay below ``max_cache_gb``."""
-        return max(1, self._cache_bytes // (self.cache_bytes_per_token() * length))
+        return max(1, self._cache_bytes // max(1, self._token_bytes * length))
 
     def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
         self._check(prefixes)
         laws = [law[-1:] for law in self._prefill(prefixes, [len(prefix) - 1 for prefix in prefixes])]
-        return torch.cat(laws)
+        return torch.cat(laws) if laws else torch.empty((0, self.vocabulary.size), device=self.device)
 
     def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> Session:
-        self._check(prompts, extra=max_new_tokens or 0)
+        self._check(prompts, [max_new_tokens or 0] * len(prompts))
         if self._session_kind == "prefix":
             return PrefixSession(self, prompts)
         return RaggedSession(
@@ -141,7 +172,7 @@ class TransformersModel(LanguageModel):
         )
 
     def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
-        self._check(prompts, extra=max(map(len, tokens), default=0))
+        self._check(prompts, list(map(len, tokens)))
         rows = [(*prompt, *path[:-1]) for prompt, path in zip(prompts, tokens, strict=True) if len(path)]
         starts = [len(prompt) - 1 for prompt, path in zip(prompts, tokens, strict=True) if len(path)]
         laws = self._prefill(rows, starts)
@@ -170,37 +201,49 @@ class TransformersModel(LanguageModel):
                 ).logits[:, :, : self.vocabulary.size]
             for i, row in enumerate(part):
                 laws = logits[i, starts[index + i] - first : len(row) - first].float().log_softmax(-1)
-                if laws.is_cpu and bool(laws[:, 0].isnan().any()):
+                # A NaN anywhere in a row's logits is one everywhere.
+                if bool(laws[:, 0].isnan().any()):
                     raise ValueError(f"{self.name} returned NaN logits; check the checkpoint, or use a wider dtype")
                 yield laws
             index += taken
 
-    def _check(self, prompts: Sequence[Prefix], *, extra: int = 0) -> None:
+    def _check(self, prompts: Sequence[Prefix], extra: Sequence[int] | None = None) -> None:
         if not all(map(len, prompts)):
             raise ValueError(f"an empty prompt gives {self.name} nothing to read; start with at least one token")
-        longest = max(map(len, prompts), default=0)
-        if self.context_length is not None and longest + extra > self.context_length:
-            raise ValueError(
-                f"prompt of {longest} tokens and {extra} new ones exceed the context window of {self.name} "
-                f"({self.context_length} tokens); shorten the prompt or max_new_tokens"
-            )
+        for prompt, new in zip(prompts, extra or [0] * len(prompts), strict=True):
+            if self.context_length is not None and len(prompt) + new > self.context_length:
+                raise ValueError(
+                    f"prompt of {len(prompt)} tokens and {new} new ones exceed the context window of {self.name} "
+                    f"({self.context_length} tokens); shorten the prompt or max_new_tokens"
+                )
 
     def __repr__(self) -> str:
         return f"TransformersModel({self.name!r}, {str(self.dtype).removeprefix('torch.')})"
 
 
-def _load(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
+def _load(name: str, dtype: torch.dtype, tokenizer: Any) -> tuple[Any, Any]:
     source = resolve(name)
     try:
         config = AutoConfig.from_pretrained(source)
-        network = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, config=config)
-    except ValueError as error:
+        network, info = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, config=config, output_loading_info=True
+        )
+    except Exception as error:  # a broken file surfaces as whatever its parser raises
         if "Unrecognized configuration class" in str(error) or "Unrecognized model" in str(error):
             raise ValueError(f"{name} is not a causal language model that transformers can load") from error
         raise ValueError(f"cannot load {name}: {_first_line(error)}") from error
-    except OSError as error:
-        raise ValueError(f"cannot load {name}: {_first_line(error)}") from error
-    return network, AutoTokenizer.from_pretrained(source)
+    # transformers fills absent weights with random numbers and only logs it.
+    absent = sorted(map(str, info["missing_keys"]))
+    if absent:
+        raise ValueError(f"cannot load {name}: the checkpoint lacks {len(absent)} weights, such as {absent[0]}")
+    if tokenizer is None:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source)
+        except Exception as error:
+            raise ValueError(
+                f"cannot load the tokenizer of {name} ({_first_line(error)}); give one as tokenizer="
+            ) from error
+    return network, tokenizer
 
 
 def _identity(source: str, network: Any) -> dict[str, str]:
@@ -223,6 +266,27 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
 
 
+def _no_cache(name: str, reason: str) -> str:
+    return f"{name} cannot keep keys and values per row ({reason}); use session='prefix' (correct, but without a cache)"
+
+
+def _distance(laws: Tensor, others: Tensor) -> float:
+    """Largest total variation between the rows of two laws (B, V)."""
+    return float((laws.exp() - others.exp()).abs().sum(-1).max() / 2)
+
+
+def _context_length(config: Any) -> int | None:
+    """The context window, up to where its positions mean the same for every row of a batch."""
+    window: int | None = getattr(config, "max_position_embeddings", None)
+    rope = getattr(config, "rope_parameters", None) or {}
+    for parameters in (rope, *(value for value in rope.values() if isinstance(value, dict))):
+        if parameters.get("rope_type") == "longrope":
+            # Past this length the longest row changes the frequencies of all, those of stored keys excepted.
+            original: int | None = parameters.get("original_max_position_embeddings")
+            window = min(filter(None, (window, original)), default=None)
+    return window
+
+
 def _vocabulary(network: Any, tokenizer: Any) -> Vocabulary:
     width = network.config.get_text_config().vocab_size
     known = width if tokenizer is None else min(width, len(tokenizer))
@@ -234,4 +298,4 @@ def _vocabulary(network: Any, tokenizer: Any) -> Vocabulary:
     if tokenizer is not None:
         table = sorted(tokenizer.get_vocab().items(), key=lambda item: (item[1], item[0]))
         fingerprint = hashlib.sha256(json.dumps(table).encode()).hexdigest()[:16]
-    return Vocabulary(known, eos=tuple(t for t in eos if t < known), fingerprint=fingerprint, tokenizer=tokenizer)
+    return Vocabulary(known, eos=tuple(t for t in eos if 0 <= t < known), fingerprint=fingerprint, tokenizer=tokenizer)

@@ -75,6 +75,11 @@ class SlotCache:
         """Memory held, in bytes."""
         return sum(store.nbytes for pair in self._layers.values() for store in pair)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one position of one slot, over all layers."""
+        return sum(store[0, :, 0].nbytes for pair in self._layers.values() for store in pair)
+
 
 class Layout:
     """Where the packed tokens of one forward belong: slot and position of each, and the unfolded shape."""
@@ -107,10 +112,13 @@ class Layout:
             slice(int(slots[0]), int(slots[-1]) + 1) if together else torch.from_numpy(slots).to(device)
         )
         self._masks: dict[int | None, Tensor] = {}
-        self.calls = 0
+        self._layers: set[int] = set()
 
     def store(self, index: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Write the packed keys and values, and return what each row sees: (R, heads, visible, head_dim)."""
+        if index in self._layers:
+            raise ValueError("its layers run attention more than once")
+        self._layers.add(index)
         stored = self.cache.layer(index, keys, values)
         for old, new in zip(stored, (keys, values), strict=True):
             old[self.token_slots, :, self.positions] = new[0].transpose(0, 1)
@@ -127,6 +135,13 @@ class Layout:
             self._masks[window] = allowed
         return self._masks[window]
 
+    def require_used(self, window: int | None) -> None:
+        """ValueError unless attention came by, and looked through the config's sliding window if it has one."""
+        if not self._layers:
+            raise ValueError("its attention takes no arguments from the caller")
+        if window is not None and window not in self._masks:
+            raise ValueError(f"its attention does not say that it looks back {window} tokens only")
+
 
 def attention(
     module: torch.nn.Module,
@@ -141,7 +156,7 @@ def attention(
     """Scaled dot-product attention of packed rows; without a layout, transformers' own."""
     if ragged is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    lines, keys, values, mask = _unfold(module, query, key, value, ragged, kwargs.get("sliding_window"))
+    lines, keys, values, mask = _unfold(module, query, key, value, attention_mask, ragged, kwargs)
     rows, heads, span, width = lines.shape
     # Query heads that share a key head become extra query positions, so keys are never repeated.
     groups = heads // keys.shape[1]
@@ -166,17 +181,26 @@ def eager_attention(
     if ragged is None:
         out: tuple[Tensor, Tensor | None] = eager(module, query, key, value, attention_mask, **kwargs)
         return out
-    lines, keys, values, mask = _unfold(module, query, key, value, ragged, kwargs.get("sliding_window"))
+    lines, keys, values, mask = _unfold(module, query, key, value, attention_mask, ragged, kwargs)
     additive = torch.zeros(mask.shape, dtype=query.dtype, device=query.device)
     additive.masked_fill_(~mask, torch.finfo(query.dtype).min)
     return _fold(eager(module, lines, keys, values, additive, **kwargs)[0], ragged), None
 
 
 def _unfold(
-    module: torch.nn.Module, query: Tensor, key: Tensor, value: Tensor, ragged: Layout, window: int | None
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    given: Tensor | None,
+    ragged: Layout,
+    kwargs: dict[str, Any],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Queries (R, H, S, D) one line per row, the keys and values that each row sees, and the mask."""
-    ragged.calls += 1
+    if given is not None and given.numel() > 1:
+        raise ValueError("its attention builds a mask of its own")
+    # Some models tell attention about the window, others keep it on the module.
+    window = kwargs["sliding_window"] if "sliding_window" in kwargs else getattr(module, "sliding_window", None)
     keys, values = ragged.store(module.layer_idx, key, value)  # type: ignore[arg-type]
     lines = query[0].transpose(0, 1)[ragged.fold].view(*ragged.shape, query.shape[1], query.shape[3])
     return lines.transpose(1, 2), keys, values, ragged.mask(window)
@@ -200,11 +224,20 @@ def attention_for(network: Any) -> str:
     config = network.config.get_text_config()
     unknown = set(getattr(config, "layer_types", None) or []) - _KNOWN_LAYERS
     if unknown:
-        raise ValueError(f"layers of type {', '.join(sorted(unknown))}")
+        raise ValueError(f"it has layers of type {', '.join(sorted(unknown))}")
     if not network._supports_attention_backend:
-        raise ValueError("its own attention code")
+        raise ValueError("it has its own attention code")
     capped = getattr(config, "attn_logit_softcapping", None) is not None
     return ATTENTION if network._supports_sdpa and not capped else EAGER_ATTENTION
+
+
+def _window(config: Any, max_length: int | None) -> int | None:
+    """The sliding window that some layer must look through, if rows can grow past it."""
+    window: int | None = getattr(config, "sliding_window", None)
+    types = getattr(config, "layer_types", None)
+    if window is None or (types is not None and "sliding_attention" not in types):
+        return None
+    return window if max_length is None or window < max_length else None
 
 
 class RaggedSession:
@@ -226,9 +259,10 @@ class RaggedSession:
         self._network, self._size, self._max_length = network, size, max_length
         self._device = network.device
         distinct = {prompt: i for i, prompt in enumerate(dict.fromkeys(map(tuple, prompts)))}
-        self._prompt = np.array([distinct[tuple(prompt)] for prompt in prompts])
-        lengths = np.array([len(prompt) for prompt in distinct])
-        table = np.zeros((len(distinct), int(lengths.max())), dtype=np.int64)
+        self._prompt = np.array([distinct[tuple(prompt)] for prompt in prompts], dtype=np.int64)
+        lengths = np.array([len(prompt) for prompt in distinct], dtype=np.int64)
+        longest = int(lengths.max(initial=1))
+        table = np.zeros((len(distinct), longest), dtype=np.int64)
         for i, prompt in enumerate(distinct):
             table[i, : len(prompt)] = prompt
         self._prompt_tokens = torch.from_numpy(table).to(self._device)
@@ -239,13 +273,19 @@ class RaggedSession:
         self._home = np.full(len(distinct), -1, dtype=np.int64)  # slot that holds a prompt's prefill
         self._used = 0
         self._written = torch.zeros((len(prompts), max_new_tokens or 16), dtype=torch.int64, device=self._device)
-        self._cache = SlotCache(max_slots=len(prompts), length=int(lengths.max()) + (max_new_tokens or 16))
+        self._cache = SlotCache(max_slots=len(prompts), length=longest + (max_new_tokens or 16))
+        self._window = _window(network.config.get_text_config(), max_length)
         self.cost = Cost()
 
     @property
     def cache_bytes(self) -> int:
         """Memory that keys and values hold now, in bytes."""
         return self._cache.bytes
+
+    @property
+    def cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values of one token of one row; 0 before the first forward."""
+        return self._cache.bytes_per_token
 
     def append(self, rows: np.ndarray, tokens: Tensor) -> None:
         steps = self._length[rows] - self._prompt_length[rows]
@@ -259,29 +299,32 @@ class RaggedSession:
         self._length[rows] += 1
 
     def log_probs(self, rows: np.ndarray) -> Tensor:
-        followers = self._followers(rows)
         self.cost += Cost(0, 0, len(rows))
-        if not followers.any():
+        new = self._slot[rows] < 0
+        stored = self._home[self._prompt[rows]] >= 0
+        self._share_prompts(rows[new & stored])
+        # Of the new rows with a prompt that nobody has read, the first computes it and the others copy it.
+        late = new & ~stored
+        unread = np.flatnonzero(late)
+        late[unread[np.unique(self._prompt[rows[unread]], return_index=True)[1]]] = False
+        if not late.any():
             return self._forward(rows)
         laws = torch.empty((len(rows), self._size), device=self._device)
-        laws[torch.from_numpy(~followers)] = self._forward(rows[~followers])
-        late = rows[followers]
-        self._assign_slots(late)
-        for prompt in np.unique(self._prompt[late]):
-            mine = late[self._prompt[late] == prompt]
+        laws[torch.from_numpy(~late).to(self._device)] = self._forward(rows[~late])
+        self._share_prompts(rows[late])
+        laws[torch.from_numpy(late).to(self._device)] = self._forward(rows[late])
+        return laws
+
+    def _share_prompts(self, rows: np.ndarray) -> None:
+        """Give new rows the keys and values of their prompts, which other rows have computed."""
+        if not len(rows):
+            return
+        self._assign_slots(rows)
+        for prompt in np.unique(self._prompt[rows]):
+            mine = rows[self._prompt[rows] == prompt]
             known = int(self._prompt_length[mine[0]])
             self._cache.copy(int(self._home[prompt]), torch.from_numpy(self._slot[mine]).to(self._device), known)
             self._cached[mine] = known
-        laws[torch.from_numpy(followers)] = self._forward(late)
-        return laws
-
-    def _followers(self, rows: np.ndarray) -> np.ndarray:
-        """Rows without keys of their own whose prompt is stored, or is about to be by an earlier row."""
-        new = self._slot[rows] < 0
-        first = np.zeros(len(rows), dtype=bool)
-        fresh = np.flatnonzero(new & (self._home[self._prompt[rows]] < 0))
-        first[fresh[np.unique(self._prompt[rows[fresh]], return_index=True)[1]]] = True
-        return new & ~first
 
     def _assign_slots(self, rows: np.ndarray) -> None:
         self._slot[rows] = self._used + np.arange(len(rows))
@@ -325,12 +368,11 @@ class RaggedSession:
                 logits_to_keep=layout.last,
                 ragged=layout,
             ).logits[0, :, : self._size]
-        if layout.calls == 0:
-            raise TypeError(
-                f"{type(self._network).__name__} does not pass attention arguments through, so its cache cannot "
-                "be kept per row; open it with TransformersModel(..., session='prefix')"
-            )
+        layout.require_used(self._window)
         laws = logits.float().log_softmax(-1)
+        # A NaN anywhere in a row's logits is one everywhere; on an accelerator the check would stall the queue.
+        if laws.is_cpu and bool(laws[:, 0].isnan().any()):
+            raise ValueError(f"{type(self._network).__name__} returned NaN logits; use a wider dtype")
         if not np.array_equal(order, np.arange(len(order))):
             laws = laws[torch.from_numpy(np.argsort(order)).to(self._device)]
         return laws, layout.total

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Self
 
 import numpy as np
@@ -54,7 +54,7 @@ class TableModel(LanguageModel):
         self._set(table.log(), order, eos)
 
     def _set(self, log_table: Tensor, order: int, eos: Sequence[int]) -> None:
-        self.log_table, self.order = log_table, order
+        self.log_table, self.order = log_table.to("cpu", torch.float64), order
         self.vocabulary = Vocabulary(log_table.shape[1], eos=tuple(eos))
         self._full = len(log_table) - log_table.shape[1] ** order  # first state that remembers `order` tokens
 
@@ -93,6 +93,8 @@ class TableModel(LanguageModel):
         for depth in range(max(map(len, tails), default=0)):
             live = np.array([len(tail) > depth for tail in tails])
             tokens = np.array([tail[depth] for tail in tails if len(tail) > depth], dtype=np.int64)
+            if tokens.min() < 0 or tokens.max() >= self.vocabulary.size:
+                raise ValueError(f"prefixes hold a token id outside the vocabulary 0..{self.vocabulary.size - 1}")
             states[live] = self.next_states(states[live], tokens)
         return states
 
@@ -102,17 +104,28 @@ class TableModel(LanguageModel):
     def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> TableSession:
         return TableSession(self, prompts)
 
+    def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
+        states = self.states_of(prompts)
+        longest = max(map(len, tokens), default=0)
+        padded = np.array([[*path, *[0] * (longest - len(path))] for path in tokens], dtype=np.int64)
+        visited = np.empty((len(tokens), longest), dtype=np.int64)
+        for step in range(longest):
+            visited[:, step] = states
+            states = self.next_states(states, padded[:, step])
+        for row, path in zip(visited, tokens, strict=True):
+            yield self.log_table[torch.from_numpy(row[: len(path)])]
+
     def at_order(self, order: int) -> TableModel:
         """The same law written as a table of a higher `order`."""
+        if order < self.order:
+            raise ValueError(f"order must be at least the model's own, {self.order}, got {order}")
         size = self.vocabulary.size
         rows = np.zeros(1, dtype=np.int64)
         level = rows
         for _ in range(order):
             level = self.next_states(np.repeat(level, size), np.tile(np.arange(size), len(level)))
             rows = np.concatenate([rows, level])
-        return TableModel.from_log_table(
-            self.log_table[torch.from_numpy(rows)], order=order, eos=self.vocabulary.eos
-        )
+        return TableModel.from_log_table(self.log_table[torch.from_numpy(rows)], order=order, eos=self.vocabulary.eos)
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}(V={self.vocabulary.size}, order={self.order})"

@@ -70,7 +70,7 @@ class TopK(Warp):
     k: int
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.k != int(self.k):
+        if not isinstance(self.k, (int, np.integer)) or self.k < 1:
             raise ValueError(f"TopK needs an integer k of at least 1, got {self.k}")
 
     def __call__(self, log_probs: Tensor) -> Tensor:
@@ -151,9 +151,11 @@ class Warped(LanguageModel):
         self.vocabulary = model.vocabulary
 
     def warp(self, log_probs: Tensor) -> Tensor:
+        """The transformed laws (B, V); a ValueError if a transform forgot to renormalise."""
+        warped = log_probs
         for warp in self.warps:
-            log_probs = warp(log_probs)
-        return log_probs
+            warped = warp(warped)
+        return checked_laws(self, warped, len(log_probs)) if self.warps else log_probs
 
     def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
         return self.warp(checked_laws(self.model, self.model.log_probs(prefixes), len(prefixes)))

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from me_stats.draws import Draw, RowStreams
 from me_stats.models.base import Cost, Session, open_session, require_language_model
+from me_stats.models.conditioned import Conditioned
 from me_stats.samplers import tabular
 from me_stats.trace import Trace
 from me_stats.vocabulary import Prompt, as_prompts
@@ -65,7 +66,10 @@ class Sampler(ABC):
         """One token per position, and the component that wrote it (None: the mixture did)."""
 
     def _plan(self) -> tabular.Plan | None:
-        """How to run this sampler on tables alone; None if the model is not a table."""
+        """How to run this sampler on tables alone; None if the model is not a table.
+
+        Never inherited: a subclass whose steps are the same says so by defining it again.
+        """
         return None
 
     def sample(
@@ -83,8 +87,8 @@ class Sampler(ABC):
         """Draw `n` continuations of each prompt.
 
         A row's tokens depend on the seed, its global row number and its prompt only: not on the batch
-        size, the order or the neighbours (exactly on toys; on networks up to the rounding of batched
-        matrix products, which changes a token with probability below the numerical floor).
+        size, the order or the neighbours (up to rounding, which depends on the batch: a token changes with
+        probability near 1e-15 on toys, below the numerical floor of matrix products on networks).
 
         Parameters
         ----------
@@ -115,14 +119,18 @@ class Sampler(ABC):
         _positive(n=n, max_new_tokens=max_new_tokens, batch_size=1 if batch_size is None else batch_size)
         prompt_index = np.repeat(np.arange(len(encoded)), n)
         numbers = _row_numbers(rows, len(prompt_index))
-        plan = self._plan() if draw is None and batch_size is None else None
+        # A subclass may have changed what a step does, so only a class's own plan stands for it.
+        planned = draw is None and batch_size is None and "_plan" in vars(type(self))
+        plan = self._plan() if planned and len(numbers) * max_new_tokens >= tabular.MIN_TOKENS else None
         if plan is not None:
-            tokens, components, cost = plan.run(encoded, prompt_index, numbers, max_new_tokens, seed)
+            tokens, components = plan.run(encoded, prompt_index, numbers, max_new_tokens, seed, progress)
         else:
             tokens, components, cost = self._run(
-                encoded, prompt_index, numbers, max_new_tokens, draw or RowStreams(seed), batch_size, progress
+                encoded, prompt_index, numbers, max_new_tokens, seed, batch_size, draw, progress
             )
         lengths, tokens, components = _trim(tokens, components, self.model.vocabulary.eos)
+        if plan is not None:
+            cost = plan.cost(tokens, components, prompt_index)
         return Trace(
             model=self.model,
             tokens=tokens,
@@ -142,13 +150,19 @@ class Sampler(ABC):
         prompt_index: np.ndarray,
         numbers: np.ndarray,
         max_new_tokens: int,
-        draw: Draw,
+        seed: int,
         batch_size: int | None,
+        draw: Draw | None,
         progress: Callable[[int], None] | None,
     ) -> tuple[Tensor, Tensor | None, Cost]:
-        size = batch_size or self._rows_that_fit(max(map(len, prompts)) + max_new_tokens)
+        # A row that writes one token reads the law of its prompt, and keeps nothing of its own.
+        fits = len(numbers) if max_new_tokens == 1 else self._rows_that_fit(max(map(len, prompts)) + max_new_tokens)
+        size = batch_size or fits
+        # Streams remember the rows of their batch, so each batch has its own; the numbers are the same.
         parts = [
-            self._run_batch(prompts, prompt_index[part], numbers[part], max_new_tokens, draw, progress)
+            self._run_batch(
+                prompts, prompt_index[part], numbers[part], max_new_tokens, draw or RowStreams(seed), progress
+            )
             for part in (slice(start, start + size) for start in range(0, len(numbers), size))
         ]
         components = [part[1] for part in parts if part[1] is not None]
@@ -214,7 +228,7 @@ def rows_that_fit(model: Any, length: int, *, default: int = 1 << 20) -> int:
     """The smallest row limit among the networks inside `model`, for rows of `length` tokens."""
     if hasattr(model, "rows_that_fit"):
         return max(1, int(model.rows_that_fit(length)))
-    if hasattr(model, "context"):
+    if isinstance(model, Conditioned):
         length += len(model.context)
     inner = [*getattr(model, "components", ()), *filter(None, [getattr(model, "model", None)])]
     return min((rows_that_fit(part, length, default=default) for part in inner), default=default)
@@ -222,22 +236,26 @@ def rows_that_fit(model: Any, length: int, *, default: int = 1 << 20) -> int:
 
 def _positive(**counts: int) -> None:
     for name, value in counts.items():
-        if value != int(value) or value < 1:
+        if not isinstance(value, (int, np.integer)) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value}")
 
 
 def _row_numbers(rows: Sequence[int] | np.ndarray | None, count: int) -> np.ndarray:
-    numbers = np.arange(count) if rows is None else np.asarray(rows, dtype=np.int64)
-    if numbers.shape != (count,) or len(np.unique(numbers)) != count or (count and numbers.min() < 0):
-        raise ValueError(f"rows must be {count} distinct non-negative integers (prompts × n), got {rows!r:.60}")
-    return numbers
+    if rows is None:
+        return np.arange(count)
+    numbers = np.asarray(rows)
+    ordered = np.sort(numbers, axis=None)
+    valid = numbers.shape == (count,) and np.issubdtype(numbers.dtype, np.integer)
+    if not valid or (ordered[1:] == ordered[:-1]).any() or ordered[0] < 0 or ordered[-1] >= 2**62:
+        raise ValueError(f"rows must be {count} distinct integers in 0..2**62 - 1 (prompts × n), got {rows!r:.60}")
+    return numbers.astype(np.int64)
 
 
-def _trim(
-    tokens: Tensor, components: Tensor | None, eos: tuple[int, ...]
-) -> tuple[Tensor, Tensor, Tensor | None]:
+def _trim(tokens: Tensor, components: Tensor | None, eos: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
     """Lengths, and both grids with -1 after the first end-of-sequence token, cut to the longest row."""
     steps = tokens.shape[1]
+    if not eos:
+        return torch.full((len(tokens),), steps), tokens, components
     is_end = torch.isin(tokens, torch.tensor(eos, dtype=torch.int64))
     first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, steps)
     lengths = torch.minimum(first, (tokens >= 0).sum(1))

@@ -39,7 +39,7 @@ class CESampler(Sampler):
 
     def _plan(self) -> tabular.Plan | None:
         if self.latent:
-            return tabular.Plan.ancestral(self.model, laws_per_token=len(self.model.components))
+            return tabular.Plan.ancestral(self.model, read_all=True)
         return tabular.Plan.marginal(self.model)
 
     def _step(
@@ -58,9 +58,10 @@ class CESampler(Sampler):
             laws, index = batch.read(component, positions, step)
             mine = np.flatnonzero(chosen == i)
             tokens = torch.empty(len(rows), dtype=torch.int64, device=laws.device) if tokens is None else tokens
-            own = torch.from_numpy(mine).to(laws.device)
-            law, own_index = (laws[own], None) if index is None else (laws, index[own])
             if len(mine):
-                tokens[own] = draw(law, rows[mine], step, stream="token", index=own_index)
+                own = torch.from_numpy(mine).to(laws.device)
+                law, own_index = (laws[own], None) if index is None else (laws, index[own])
+                drawn = draw(law, rows[mine], step, stream="token", index=own_index)
+                tokens[own.to(tokens.device)] = drawn.to(tokens.device)
         assert tokens is not None
         return tokens, chosen

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from me_stats.draws import Draw
 from me_stats.models.ensemble import Ensemble, EnsembleSession
-from me_stats.models.warped import Warped
+from me_stats.models.warped import Warp, Warped
 from me_stats.samplers import tabular
 from me_stats.samplers.base import Batch, Sampler
 
@@ -71,8 +71,12 @@ class MESampler(Sampler):
 
 
 def _refusal(sampler: str, model: object) -> str:
-    if isinstance(model, Warped) and isinstance(model.model, Ensemble):
-        warps = ", ".join(map(repr, model.warps))
+    inner: Any = model
+    order: tuple[Warp, ...] = ()
+    while isinstance(inner, Warped):
+        inner, order = inner.model, (*inner.warps, *order)
+    if isinstance(model, Warped) and isinstance(inner, Ensemble):
+        warps = ", ".join(map(repr, order))
         return (
             f"{sampler} cannot sample Warped(Ensemble, {warps}): this is mix-then-transform, g(Σ λ_i P_i), and "
             "g needs all K laws at every step (drawing one component gives Σ λ_i g(P_i), another law unless g "

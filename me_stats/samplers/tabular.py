@@ -2,11 +2,12 @@
 
 A chain of look-ups needs no network, no session and no per-step tensor of laws, so toys run at the speed
 of their random numbers. The inverse CDF is found through a guide table (Chen and Asau 1974): a uniform's
-leading bits give a cell to start from, and almost always that cell is the answer.
+leading bits give a cell, and almost every cell lies inside one token's interval.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,34 +15,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from me_stats.draws import _BLOCK, RowStreams
+from me_stats.draws import BLOCK, UNIFORM_BITS, RowStreams
 from me_stats.mixing import ConstantMixing
 from me_stats.models.base import Cost
-from me_stats.models.ensemble import Ensemble
-from me_stats.models.toy import TableModel
+from me_stats.models.ensemble import Ensemble, mix
+from me_stats.models.toy import MarkovModel, TableModel
 from me_stats.models.warped import Warped
 
-_MAX_ENTRIES = 1 << 23  # guide tables past 64 MB would leave every cache
+_MAX_ENTRIES = 1 << 20  # probabilities in all tables together; the guide of larger ones would leave every cache
+MIN_TOKENS = 256  # fewer than these are written sooner by the general loop than a guide is built
 _CHUNK = 8192  # rows whose state stays in the second-level cache
 
 
 def tabulate(model: Any) -> TableModel | None:
-    """`model` as one table of laws, if it is built from tables; None otherwise."""
-    if isinstance(model, TableModel):
+    """`model` as one table of laws, if it is built from tables; None otherwise.
+
+    Exact types only: a subclass may have changed what the law is.
+    """
+    if type(model) in (TableModel, MarkovModel):
         return model
-    if isinstance(model, Warped):
+    if type(model) is Warped:
         inner = tabulate(model.model)
         if inner is None:
             return None
         warped = model.warp(inner.log_table)
         return TableModel.from_log_table(warped, order=inner.order, eos=inner.vocabulary.eos)
-    if isinstance(model, Ensemble) and isinstance(model.mixing, ConstantMixing):
+    if type(model) is Ensemble and type(model.mixing) is ConstantMixing:
         parts = _common_order(model)
         if parts is None:
             return None
         weights = model.mixing.log_weights([()] * len(parts[0].log_table))
-        from me_stats.models.ensemble import mix
-
         mixed = mix([part.log_table for part in parts], weights)
         return TableModel.from_log_table(mixed, order=parts[0].order, eos=model.vocabulary.eos)
     return None
@@ -56,38 +59,46 @@ def _common_order(ensemble: Ensemble) -> list[TableModel] | None:
     return [table if table.order == order else table.at_order(order) for table in known]
 
 
+def _count_tables(model: Any) -> int:
+    """Tables that are read for one law of `model`."""
+    if isinstance(model, Ensemble):
+        return sum(map(_count_tables, model.components))
+    return _count_tables(model.model) if isinstance(model, Warped) else 1
+
+
 @dataclass(frozen=True)
 class Plan:
     """A sampler reduced to K tables, weights over them, and how often the component is drawn.
 
     `weights` is None where tokens come from one table. `redraw` False keeps the first component of a row.
+    `reads` counts the tables behind each of the K; `read_all` says that every token reads all of them.
     """
 
     tables: list[TableModel]
+    reads: tuple[int, ...]
     weights: Tensor | None = None
     redraw: bool = True
-    laws_per_token: int = 1
+    read_all: bool = False
 
     @classmethod
     def marginal(cls, model: Any) -> Plan | None:
         """One law per token: the mixture itself."""
         table = tabulate(model)
-        parts = len(model.components) if isinstance(model, Ensemble) else 1
-        return None if table is None else cls([table], laws_per_token=parts)._if_small()
+        return None if table is None else cls([table], (_count_tables(model),), read_all=True)._if_small()
 
     @classmethod
-    def ancestral(cls, ensemble: Ensemble, *, redraw: bool = True, laws_per_token: int = 1) -> Plan | None:
+    def ancestral(cls, ensemble: Ensemble, *, redraw: bool = True, read_all: bool = False) -> Plan | None:
         """A component per token (or per row), then its law."""
-        if not isinstance(ensemble.mixing, ConstantMixing):
+        if type(ensemble) is not Ensemble or type(ensemble.mixing) is not ConstantMixing:
             return None
         tables = _common_order(ensemble)
         if tables is None:
             return None
-        return cls(tables, ensemble.mixing.weights, redraw, laws_per_token)._if_small()
+        reads = tuple(map(_count_tables, ensemble.components))
+        return cls(tables, reads, ensemble.mixing.weights, redraw, read_all)._if_small()
 
     def _if_small(self) -> Plan | None:
-        laws = len(self.tables) * len(self.tables[0].log_table)
-        return self if laws * 8 * self.tables[0].vocabulary.size <= _MAX_ENTRIES else None
+        return self if len(self.tables) * self.tables[0].log_table.numel() <= _MAX_ENTRIES else None
 
     def run(
         self,
@@ -96,82 +107,114 @@ class Plan:
         rows: np.ndarray,
         max_new_tokens: int,
         seed: int,
-    ) -> tuple[Tensor, Tensor | None, Cost]:
-        """Tokens (N, T), components (N, T) or None, and the cost."""
-        look_up = _GuideTable(torch.stack([table.log_table for table in self.tables]))
-        component_cdf = None if self.weights is None else _Cdf(self.weights.log()[None])
-        eos = np.array(self.tables[0].vocabulary.eos, dtype=np.int64)
-        starts = self.tables[0].states_of(prompts)[prompt_index]
-        order = np.argsort(rows, kind="stable")
+        progress: Callable[[int], None] | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Tokens (N, T) and components (N, T) or None; what follows an end-of-sequence token is arbitrary."""
+        first, size = self.tables[0], self.tables[0].vocabulary.size
+        n_states, eos = len(first.log_table), np.array(first.vocabulary.eos, dtype=np.int64)
+        work = len(rows) * max_new_tokens
+        look_up = _Guide(torch.cat([table.log_table for table in self.tables]), work)
+        pick = None if self.weights is None else _Guide(self.weights.log()[None], work)
+        # A place is a flat index into (K, S, V); a base is where a state's cells begin in the guide.
+        every_state, every_token = np.divmod(np.arange(n_states * size), size)
+        base_after = np.tile(first.next_states(every_state, every_token) * look_up.cells, len(self.tables))
+        token_at = np.tile(every_token, len(self.tables))
+        base_at_start = first.states_of(prompts)[prompt_index] * look_up.cells
         tokens = np.full((len(rows), max_new_tokens), -1, dtype=np.int64)
-        components = np.full_like(tokens, -1) if self.weights is not None else None
+        components = None if pick is None else np.full_like(tokens, -1)
         streams = RowStreams(seed)
+        order = np.argsort(rows, kind="stable")
         for begin in range(0, len(rows), _CHUNK):
             mine = order[begin : begin + _CHUNK]
-            states, chosen = starts[mine], np.zeros(len(mine), dtype=np.int64)
-            for block in range(-(-max_new_tokens // _BLOCK)):
-                token_u = np.ascontiguousarray(streams.block(rows[mine], block, stream="token").T)
-                if component_cdf is not None and (self.redraw or block == 0):
-                    component_u = streams.block(rows[mine], block, stream="component").T
-                    path = component_cdf.find(component_u)
-                out = np.empty((_BLOCK, len(mine)), dtype=np.int64)
-                paths = np.empty_like(out)
-                steps = min(_BLOCK, max_new_tokens - block * _BLOCK)
-                for offset in range(steps):
-                    if component_cdf is not None and (self.redraw or block == offset == 0):
-                        chosen = path[offset]
-                    paths[offset] = chosen
-                    out[offset] = look_up.find(chosen, states, token_u[offset])
-                    states = self.tables[0].next_states(states, out[offset])
-                span = slice(block * _BLOCK, block * _BLOCK + steps)
-                tokens[mine, span] = out[:steps].T
+            base, path = base_at_start[mine], np.zeros((BLOCK, len(mine)), dtype=np.int64)
+            for block in range(-(-max_new_tokens // BLOCK)):
+                integers = np.ascontiguousarray(streams.integers(rows[mine], block, stream="token").T)
+                if pick is not None and (self.redraw or block == 0):
+                    chosen = np.ascontiguousarray(streams.integers(rows[mine], block, stream="component").T)
+                    path = pick.find(chosen >> pick.shift, chosen)
+                    path = path if self.redraw else np.tile(path[0], (BLOCK, 1))
+                cell = (integers >> look_up.shift) + path * (n_states * look_up.cells)
+                steps = min(BLOCK, max_new_tokens - block * BLOCK)
+                place = np.empty((steps, len(mine)), dtype=np.int64)
+                for step in range(steps):
+                    place[step] = look_up.find(cell[step] + base, integers[step])
+                    base = base_after.take(place[step])
+                span = slice(block * BLOCK, block * BLOCK + steps)
+                written = token_at.take(place)
+                tokens[mine, span] = written.T
                 if components is not None:
-                    components[mine, span] = paths[:steps].T
+                    components[mine, span] = path[:steps].T
+                if progress is not None:
+                    progress(written.size)
                 if len(eos):
-                    alive = ~np.isin(out[:steps], eos).any(0)
-                    if not alive.all():
-                        mine, states, chosen = mine[alive], states[alive], chosen[alive]
-                        if not len(mine):
-                            break
-        drawn = int((tokens >= 0).sum())
-        cost = Cost(self.laws_per_token * max_new_tokens, self.laws_per_token * drawn, self.laws_per_token * drawn)
-        return torch.from_numpy(tokens), None if components is None else torch.from_numpy(components), cost
+                    alive = ~np.isin(written, eos).any(0)
+                    mine, base, path = mine[alive], base[alive], path[:, alive]
+                    if not len(mine):
+                        break
+        return torch.from_numpy(tokens), None if components is None else torch.from_numpy(components)
+
+    def cost(self, tokens: Tensor, components: Tensor | None, prompt_index: np.ndarray) -> Cost:
+        """What the general loop counts, in one batch, for trimmed `tokens` and `components` (N, T)."""
+        if self.read_all or components is None:
+            readers = [((tokens >= 0).numpy(), sum(self.reads))]
+        else:
+            readers = [((components == i).numpy(), reads) for i, reads in enumerate(self.reads)]
+        total = Cost()
+        for reading, reads in readers:
+            laws = reading.sum(0)
+            # Rows of one prompt share their first law.
+            laws[0] = np.count_nonzero(np.bincount(prompt_index[reading[:, 0]]))
+            total += Cost(reads * int((laws > 0).sum()), reads * int(laws.sum()), reads * int(laws.sum()))
+        return total
 
 
-class _Cdf:
-    """Inverse CDF of one short law, exactly as `draws.inverse_cdf` finds it."""
+class _Guide:
+    """Inverse CDFs of L laws of V outcomes, exactly as `draws.inverse_cdf` finds them.
 
-    def __init__(self, log_law: Tensor) -> None:
-        self._cdf = log_law.exp().cumsum(-1, dtype=torch.float64)[0].numpy()
-        self._below = np.nextafter(self._cdf[-1], 0)
+    Works on the integers k of the uniforms u = k·2⁻⁵³: cell ``l·cells + (k >> shift)`` of law l holds the
+    place ``l·V + x`` of its outcome, or the complement of the first candidate where outcomes meet.
+    """
 
-    def find(self, uniforms: np.ndarray) -> np.ndarray:
-        target = np.minimum(uniforms * self._cdf[-1], self._below)
-        return np.searchsorted(self._cdf, target, side="right")
+    def __init__(self, log_laws: Tensor, work: int) -> None:
+        n_laws, size = log_laws.shape
+        # 16 to 32 cells per outcome leave few cells with two, but a guide larger than its use costs more.
+        bits = (16 * size - 1).bit_length()
+        while bits > 2 and n_laws << bits > max(work, 1 << 12):
+            bits -= 1
+        self.cells, self.shift = 1 << bits, UNIFORM_BITS - bits
+        passed = torch.from_numpy(_first_integers(log_laws.exp().cumsum(-1, dtype=torch.float64).numpy()))
+        left = (torch.arange(self.cells) << self.shift).expand(n_laws, -1).contiguous()
+        start = torch.searchsorted(passed, left, right=True).numpy()
+        stop = torch.searchsorted(passed, left + ((1 << self.shift) - 1), right=True).numpy()
+        place = start + np.arange(n_laws)[:, None] * size
+        self._guide = np.where(start == stop, place, ~place).reshape(-1)
+        self._passed = passed.numpy().reshape(-1)
+
+    def find(self, cell: np.ndarray, integers: np.ndarray) -> np.ndarray:
+        """Places of the outcomes, shaped as `cell`."""
+        place = self._guide.take(cell)
+        flat = place.reshape(-1)
+        unsure = np.flatnonzero(flat < 0)
+        if len(unsure):
+            found, target = ~flat[unsure], integers.reshape(-1)[unsure]
+            behind = np.flatnonzero(self._passed[found] <= target)
+            while len(behind):
+                found[behind] += 1
+                behind = behind[self._passed[found[behind]] <= target[behind]]
+            flat[unsure] = found
+        return place
 
 
-class _GuideTable:
-    """Inverse CDFs of K·S laws with a guide of 4 to 8 cells per token."""
+def _first_integers(cdf: np.ndarray) -> np.ndarray:
+    """Smallest k for which u = k·2⁻⁵³ lies past each entry of `cdf` (L, V), rounding included.
 
-    def __init__(self, log_tables: Tensor) -> None:
-        _, self._states, self._size = log_tables.shape
-        cdf = log_tables.reshape(-1, self._size).exp().cumsum(-1, dtype=torch.float64)
-        self._total = cdf[:, -1].numpy().copy()
-        self._below = np.nextafter(self._total, 0)
-        self._cells = 1 << (4 * self._size - 1).bit_length()
-        # A hair below the cell's left edge, so that rounding can only start the search early.
-        edges = torch.arange(self._cells, dtype=torch.float64) / self._cells * (1 - 2**-50)
-        start = torch.searchsorted(cdf, edges * cdf[:, -1:], right=True)
-        self._guide = start.numpy().astype(np.int32).reshape(-1)
-        self._cdf = cdf.numpy().reshape(-1)
-
-    def find(self, components: np.ndarray, states: np.ndarray, uniforms: np.ndarray) -> np.ndarray:
-        law = components * self._states + states
-        target = np.minimum(uniforms * self._total[law], self._below[law])
-        cell = (uniforms * self._cells).astype(np.int64)
-        place = law * self._size + self._guide[law * self._cells + cell]
-        behind = np.flatnonzero(self._cdf[place] <= target)
-        while len(behind):
-            place[behind] += 1
-            behind = behind[self._cdf[place[behind]] <= target[behind]]
-        return place - law * self._size
+    Past means ``cdf <= min(u·total, the float below total)``, the rule of `draws.inverse_cdf`; entries equal
+    to the total are never passed.
+    """
+    total = cdf[:, -1:]
+    guess = np.ceil(cdf / total * 2.0**UNIFORM_BITS).astype(np.int64) - 4  # rounding moves k by less than 4
+    passed = guess.copy()
+    for offset in range(8):
+        uniforms = (guess + offset) * 2.0**-UNIFORM_BITS
+        passed += np.minimum(uniforms * total, np.nextafter(total, 0)) < cdf
+    return passed

@@ -1,0 +1,46 @@
+"""A tiny run of every experiment, made once per process, for the tests of whatever reads records."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+from me_stats import reproduce as job
+from me_stats.record import Record, config_key, plain
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "toy_equivalence": {"shapes": ((2, 3, 3), (3, 2, 3)), "toys": 1},
+    "per_step": {"prompts": 1, "draws": 20_000, "shift": 0.2, "margin": 0.05},
+    "sequences": {"exact_cases": ((3, 3),), "rows": 64, "steps": 32, "coupled_rows": 4},
+    "cache_floor": {"dtypes": ("float32", "bfloat16"), "lags": (1, 2, 4), "rows": 2, "steps": 12},
+    "transform_order": {"rows": 4, "steps": 16},
+    "generation": {"batches": (1, 64), "steps": 24, "repeats": 1},
+}
+
+
+def experiment(name: str) -> ModuleType:
+    """The module that the main job would run."""
+    return job.load("experiments", name)
+
+
+def config(name: str, **changes: Any) -> Any:
+    """The tiny configuration of an experiment, with `changes`."""
+    return experiment(name).Config(**(OPTIONS[name] | changes))
+
+
+@cache
+def record(name: str) -> Record:
+    """What the tiny configuration of an experiment leaves behind."""
+    result: Record = _RUNS[name](config(name))
+    return result
+
+
+def stand_in(name: str, resolved: Any) -> Record:
+    """The tiny record under the key of the configuration `resolved`: a run of it that takes no time."""
+    return dataclasses.replace(record(name), key=config_key(name, resolved), config=plain(resolved))
+
+
+# Tests put other functions in their place.
+_RUNS = {name: experiment(name).run for name in OPTIONS}
