@@ -70,10 +70,14 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     progress(0.9, "coupling CE and ME")
     coupled = _couple(ensemble, setting.prompts, config)
     # Rounding depends on the shape of a batch. In half precision it moves laws by up to some hundredths (see
-    # cache_floor), which now and then is a token, so equality is asked of float32 alone.
+    # cache_floor), far more than a tie, so equality is asked of float32 alone.
     if config.dtype == "float32":
-        recorder.check(f"CE in latent form and ME write the same tokens ({label})", coupled["latent"])
-        recorder.check(f"a row's tokens do not depend on batch size, order or neighbours ({label})", coupled["alone"])
+        for key, statement in (
+            ("latent", "CE in latent form and ME write the same tokens"),
+            ("alone", "a row's tokens do not depend on batch size, order or neighbours"),
+        ):
+            ties = coupled[key].count("tie")
+            recorder.check(f"{statement} ({label}, {ties} ties at the floor)", "differs" not in coupled[key])
     return recorder.finish({"label": label, "exact": enumerated, "tests": tested, "coupled": coupled})
 
 

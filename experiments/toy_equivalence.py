@@ -143,4 +143,4 @@ def _onto_simplex(weights: list[float]) -> list[float]:
     """Dirichlet draws sum to 1 up to rounding; give the rounding to the largest weight."""
     fixed = np.array(weights)
     fixed[fixed.argmax()] += 1 - fixed.sum()
-    return fixed.tolist()  # type: ignore[no-any-return]
+    return fixed.tolist()

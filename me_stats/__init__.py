@@ -20,21 +20,28 @@ _HOME = {
     "SequenceMixtureSampler": "me_stats.samplers",
     "ConstantMixing": "me_stats.mixing",
     "Conditioned": "me_stats.models",
+    "EProcess": "me_stats.eprocess",
     "Ensemble": "me_stats.models",
+    "Evidence": "me_stats.evidence",
     "LanguageModel": "me_stats.models",
     "RowStreams": "me_stats.draws",
     "Trace": "me_stats.trace",
     "Vocabulary": "me_stats.vocabulary",
     "score": "me_stats.trace",
+    "watch": "me_stats.monitor",
 }
 _MODULES = (
     "chi_square",
     "divergence",
+    "eprocess",
     "equivalence",
+    "evidence",
     "exact",
+    "families",
     "goodness",
     "martingale",
     "models",
+    "monitor",
     "prefixes",
     "samplers",
     "sequence_divergence",
@@ -46,11 +53,15 @@ if TYPE_CHECKING:
     from me_stats import (
         chi_square,
         divergence,
+        eprocess,
         equivalence,
+        evidence,
         exact,
+        families,
         goodness,
         martingale,
         models,
+        monitor,
         prefixes,
         samplers,
         sequence_divergence,
@@ -58,8 +69,11 @@ if TYPE_CHECKING:
         tails,
     )
     from me_stats.draws import RowStreams
+    from me_stats.eprocess import EProcess
+    from me_stats.evidence import Evidence
     from me_stats.mixing import ConstantMixing
     from me_stats.models import Conditioned, Ensemble, LanguageModel
+    from me_stats.monitor import watch
     from me_stats.samplers import CESampler, MESampler, SequenceMixtureSampler
     from me_stats.trace import Trace, score
     from me_stats.vocabulary import Vocabulary
@@ -68,7 +82,9 @@ __all__ = [
     "CESampler",
     "Conditioned",
     "ConstantMixing",
+    "EProcess",
     "Ensemble",
+    "Evidence",
     "LanguageModel",
     "MESampler",
     "RowStreams",
@@ -78,17 +94,22 @@ __all__ = [
     "__version__",
     "chi_square",
     "divergence",
+    "eprocess",
     "equivalence",
+    "evidence",
     "exact",
+    "families",
     "goodness",
     "martingale",
     "models",
+    "monitor",
     "prefixes",
     "samplers",
     "score",
     "sequence_divergence",
     "steps",
     "tails",
+    "watch",
 ]
 
 

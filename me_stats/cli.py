@@ -39,6 +39,8 @@ _UsageError: Any = typer.BadParameter.__base__
 
 
 class Dtype(StrEnum):
+    """Precisions that ``--dtype`` takes."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
     float16 = "float16"

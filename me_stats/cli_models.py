@@ -20,6 +20,8 @@ app = typer.Typer(
 
 
 class Dtype(StrEnum):
+    """Precisions in which weights are kept."""
+
     float32 = "float32"
     bfloat16 = "bfloat16"
 

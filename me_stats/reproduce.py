@@ -6,10 +6,11 @@ finds a record of the same configuration does not do the part again.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -138,10 +139,25 @@ def finished(part: Part, records: Path) -> Record | None:
 
 def run_part(part: Part, records: Path, progress: Progress) -> Record:
     """Run a part and write its record."""
-    record: Record = load("experiments", part.experiment).run(part.config, progress)
+    with _threads(part):
+        record: Record = load("experiments", part.experiment).run(part.config, progress)
     record = dataclasses.replace(record, name=part.name)
     record.save(records / f"{part.name}.json")
     return record
+
+
+@contextlib.contextmanager
+def _threads(part: Part) -> Iterator[None]:
+    """One thread for tiny models: several gain nothing there, and on a busy machine they wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    if all(name.startswith("bundled:") for name in getattr(part.config, "models", ())):
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 # The order in which a report tells the story.

@@ -99,6 +99,13 @@ def test_extreme_probabilities_stay_finite(logs: list[float], weights: list[floa
     assert bool(evidence.impossible[0]) == (weights == [1.0, 0.0] and logs[0] == -math.inf)
 
 
+def test_a_component_of_no_weight_cannot_overflow() -> None:
+    logs, weights = [-700.0, -1.0, -math.inf], torch.tensor([1e-300, 0.0, 1.0], dtype=torch.float64)
+    evidence = Evidence.from_scores(torch.tensor([logs], dtype=torch.float64), weights.log(), torch.tensor([0]))
+    assert np.isfinite(evidence.ratios).all()
+    assert evidence.live.all()
+
+
 def test_bad_input() -> None:
     laws, tokens = torch.log(torch.full((3, 2, 4), 0.25)), torch.zeros(3, dtype=torch.int64)
     for args, message in (

@@ -172,6 +172,8 @@ class Warped(LanguageModel):
 
 
 class WarpedSession:
+    """The inner model's session, its laws transformed as they are read."""
+
     def __init__(self, model: Warped, prompts: Sequence[Prefix], *, max_new_tokens: int | None) -> None:
         self._warp = model.warp
         self._session = open_session(model.model, prompts, max_new_tokens=max_new_tokens)

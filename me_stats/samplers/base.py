@@ -87,8 +87,8 @@ class Sampler(ABC):
         """Draw `n` continuations of each prompt.
 
         A row's tokens depend on the seed, its global row number and its prompt only: not on the batch
-        size, the order or the neighbours (up to rounding, which depends on the batch: a token changes with
-        probability near 1e-15 on toys, below the numerical floor of matrix products on networks).
+        size, the order or the neighbours (exactly on toys; on networks up to the rounding of batched
+        matrix products, which changes a token with probability below the numerical floor).
 
         Parameters
         ----------

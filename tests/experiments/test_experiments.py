@@ -16,8 +16,8 @@ from torch import Tensor
 
 from me_stats import draws
 from me_stats.claims import CLAIMS
+from me_stats.models import TransformersModel, ragged
 from me_stats.models import ensemble as ensemble_module
-from me_stats.models import ragged
 from me_stats.models.warped import TopK
 from me_stats.record import Record, config_key, plain
 from me_stats.samplers import CESampler, MESampler, SequenceMixtureSampler
@@ -74,13 +74,12 @@ def test_findings_say_how_far_to_trust_them(name: str) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_config_is_frozen_and_its_defaults_are_json(name: str) -> None:
-    config = tiny.experiment(name).Config()
-    assert dataclasses.is_dataclass(config)
+    config: Any = tiny.experiment(name).Config()
     with pytest.raises(dataclasses.FrozenInstanceError):
-        config.seed = 1  # type: ignore[misc]
+        config.seed = 1
+    assert config.seed == 0
     assert hash(config) == hash(tiny.experiment(name).Config())
     assert json.loads(json.dumps(plain(config)))
-    assert config.seed == 0
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -91,7 +90,7 @@ def test_progress_goes_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         "sequences": {"exact_cases": ((2, 2),), "rows": 4, "steps": 8},
         "cache_floor": {"dtypes": ("float32",), "steps": 4},
         "transform_order": {"steps": 4},
-        "generation": {"batches": (1, 4), "steps": 2},
+        "generation": {"batches": (1, 16), "steps": 4},
         "toy_equivalence": {"shapes": ((2, 2, 2),)},
     }
     config = tiny.config(name, **quick[name])
@@ -99,7 +98,7 @@ def test_progress_goes_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> No
     fractions = [fraction for fraction, _ in seen]
     assert len(seen) >= 2
     assert fractions == sorted(fractions)
-    assert 0 <= fractions[0]
+    assert fractions[0] >= 0
     assert fractions[-1] <= 1
     assert all(note for _, note in seen)
 
@@ -113,13 +112,30 @@ def test_a_seed_makes_the_same_results_again(name: str) -> None:
     assert other.key != first.key
 
 
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-@pytest.mark.parametrize("name", ["per_step", "sequences", "transform_order", "generation"])
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("per_step", "float16"),
+        ("sequences", "bfloat16"),
+        ("transform_order", "bfloat16"),
+        ("transform_order", "float16"),
+        ("generation", "bfloat16"),
+    ],
+)
 def test_half_precision_is_no_failure(name: str, dtype: str) -> None:
-    small: dict[str, dict[str, Any]] = {"sequences": {"rows": 48, "coupled_rows": 8}, "transform_order": {"rows": 8}}
-    record = tiny.experiment(name).run(tiny.config(name, dtype=dtype, **small.get(name, {})))
+    record = tiny.experiment(name).run(tiny.config(name, dtype=dtype))
     assert failed(record) == []
     assert {model["dtype"] for model in record.models} == {dtype}
+    # Its rounding changes tokens, so equality of tokens is nothing to ask of it.
+    assert not any("same tokens" in check for check in record.checks)
+
+
+def test_coupled_rows_are_equal_in_float32() -> None:
+    record = tiny.record("sequences")
+    coupled = record.results["coupled"]
+    assert set(coupled["latent"]) | set(coupled["alone"]) <= {"equal", "tie"}
+    assert "equal" in coupled["latent"]
+    assert sum("same tokens" in check or "do not depend on batch" in check for check in record.checks) == 2
 
 
 def test_each_claim_of_the_toys_is_settled_exactly() -> None:
@@ -162,17 +178,17 @@ def test_cost_of_generations() -> None:
 
 def test_a_required_gain_is_a_check_and_nothing_else_depends_on_a_clock(monkeypatch: pytest.MonkeyPatch) -> None:
     module = tiny.experiment("generation")
-    record = module.run(tiny.config("generation", batches=(1, 4), steps=2, required=1e9))
+    record = module.run(tiny.config("generation", batches=(1, 16), steps=4, required=1e9))
     (name,) = failed(record)
     assert "tokens a second" in name
     # A clock that runs backwards changes speeds and no check.
     ticks = iter(range(10_000, 0, -1))
     monkeypatch.setattr(module.time, "perf_counter", lambda: float(next(ticks)))
-    assert failed(module.run(tiny.config("generation", batches=(1, 4), steps=2))) == []
+    assert failed(module.run(tiny.config("generation", batches=(1, 16), steps=4))) == []
 
 
 def test_one_batch_has_no_gain() -> None:
-    record = tiny.experiment("generation").run(tiny.config("generation", batches=(2,), steps=2))
+    record = tiny.experiment("generation").run(tiny.config("generation", batches=(16,), steps=4))
     assert record.results["batch_gain"] is None
     assert failed(record) == []
 
@@ -217,6 +233,7 @@ def stale_cache(patch: pytest.MonkeyPatch) -> None:
         return run(self, rows, np.minimum(starts, stops - 1), stops)
 
     patch.setattr(ragged.RaggedSession, "_run", stale)
+    _past_the_gate(patch)
 
 
 def lost_span(patch: pytest.MonkeyPatch) -> None:
@@ -228,6 +245,12 @@ def lost_span(patch: pytest.MonkeyPatch) -> None:
         return run(self, rows, np.where(late, stops - 1, starts), stops)
 
     patch.setattr(ragged.RaggedSession, "_run", hasty)
+    _past_the_gate(patch)
+
+
+def _past_the_gate(patch: pytest.MonkeyPatch) -> None:
+    """A model that is opened compares a few tokens itself; the experiments have to see the bug without that."""
+    patch.setattr(TransformersModel, "_probe", lambda self: None)
 
 
 def off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -259,17 +282,17 @@ def spendthrift(patch: pytest.MonkeyPatch) -> None:
 CAUGHT: dict[tuple[str, Plant], tuple[tuple[str, ...], tuple[str, ...]]] = {
     # (experiment, bug): what must fail, and what must not, by the start of the check's name
     ("toy_equivalence", uniform_components): (("C1: ", "C2: ", "C3: "), ("mix-then-transform differs",)),
-    ("toy_equivalence", unweighted_mixture): (("C2: ", "C3: "), ("C1: one step of the real sampler",)),
+    ("toy_equivalence", unweighted_mixture): (("C1: ", "C2: ", "C3: "), ()),
     ("toy_equivalence", toothless_control): (("one component per sequence differs",), ("C1: ", "C2: ", "C3: ")),
     ("toy_equivalence", toothless_transform): (("mix-then-transform differs: top-k 2",), ("C1: ", "C2: ")),
     ("per_step", uniform_components): (("C1: ME", "component frequencies"), ("C1: CE",)),
     ("per_step", unweighted_mixture): (("C1: CE",), ("C1: ME", "component frequencies")),
     ("per_step", off_by_one): (("C1: ME", "C1: CE", "component frequencies"), ()),
-    ("sequences", uniform_components): (("C2: ME: law", "C2: ME: generations", "CE in latent form"), ("C2: CE",)),
+    ("sequences", uniform_components): (("C2: ME: law", "CE in latent form"), ("C2: CE",)),
     ("sequences", unweighted_mixture): (("C2: CE: generations",), ("C2: ME: generations",)),
     ("sequences", off_by_one): (("C2: ME: generations", "C2: CE: generations"), ("C2: ME: law", "C2: CE: law")),
     ("sequences", stale_cache): (("C2: ME: generations", "C2: CE: generations"), ()),
-    ("sequences", toothless_control): (("one component per sequence differs", "one component per sequence is"), ("C2",)),
+    ("sequences", toothless_control): (("one component per sequence ",), ("C2: ",)),
     ("cache_floor", stale_cache): (("C4: lazy laws against a fresh prefill, float32",), ()),
     ("cache_floor", lost_span): (("C4: lazy laws against a fresh prefill, float32",), ()),
     ("transform_order", stale_cache): (("transform-then-mix through sessions",), ("greedy: the orders differ",)),

@@ -26,6 +26,26 @@ def test_the_law_is_the_weighted_mean_of_the_laws(data: st.DataObject) -> None:
     assert ((mixed == -torch.inf).numpy() == (expected == 0)).all()
 
 
+@given(st.data())
+def test_a_law_does_not_depend_on_its_place_in_a_batch(data: st.DataObject) -> None:
+    # To the last bit: a warp after the mixture acts on ties.
+    ensemble = data.draw(ensembles(max_order=2))
+    asked = prompts(ensemble.vocabulary.size, max_length=2)
+    prefixes = data.draw(st.lists(asked, min_size=1, max_size=12))
+    together = ensemble.log_probs(prefixes)
+    for prefix, law in zip(prefixes, together, strict=True):
+        assert torch.equal(ensemble.log_probs([prefix])[0], law)
+
+
+def test_tokens_that_tie_in_every_component_tie_in_the_mixture() -> None:
+    rng = np.random.Generator(np.random.Philox(0))
+    for size in range(2, 40):
+        halves = rng.dirichlet(np.ones(size), 2) / 2
+        parts = [TableModel([[*half, *half]], order=0) for half in halves]
+        mixed = Ensemble(parts, ConstantMixing([0.3, 0.7])).log_probs([()] * 3)
+        assert torch.equal(mixed[:, :size], mixed[:, size:])
+
+
 def test_a_router_weighs_each_prefix_on_its_own() -> None:
     a, b = TableModel([[1.0, 0.0]], order=0), TableModel([[0.0, 1.0]], order=0)
     router = LastTokenMixing(np.array([[0.5, 0.5], [0.9, 0.1], [0.2, 0.8]]))

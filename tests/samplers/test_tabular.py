@@ -87,10 +87,7 @@ def test_the_table_of_a_model_is_the_model(data: st.DataObject) -> None:
     assert table is not None
     assert table.vocabulary == model.vocabulary
     prefixes = data.draw(st.lists(prompts(model.vocabulary.size, max_length=6), min_size=1, max_size=5))
-    mine, theirs = table.log_probs(prefixes), model.log_probs(prefixes)
-    assert torch.equal(mine == -torch.inf, theirs == -torch.inf)
-    # The last bit of a vectorised logarithm may depend on the place in the batch.
-    torch.testing.assert_close(mine.exp(), theirs.exp(), rtol=1e-14, atol=0)
+    assert torch.equal(table.log_probs(prefixes), model.log_probs(prefixes))
 
 
 class Uniform(TableModel):
@@ -154,7 +151,7 @@ def test_the_guide_finds_what_the_inverse_cdf_finds(
     cdf = log_laws.exp().cumsum(-1).numpy()
     rng = np.random.Generator(np.random.Philox(seed))
     # Every integer around every edge of a law and of a cell, both ends, and some between.
-    edges = np.concatenate([cdf.ravel() * 2.0**53, np.arange(guide.cells) * 2.0**guide.shift])
+    edges = np.concatenate([(cdf / cdf[:, -1:]).ravel() * 2.0**53, np.arange(guide.cells) * 2.0**guide.shift])
     near = (np.floor(edges)[:, None] + np.arange(-3, 4)).ravel()
     integers = np.concatenate([near, rng.integers(0, 2**53, 50)]).clip(0, 2**53 - 1).astype(np.int64)
     for law in range(rows):
