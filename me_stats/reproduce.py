@@ -109,10 +109,10 @@ def _language_models(models: Sequence[str], where: dict[str, Any]) -> list[Part]
     tag = "+".join(name.replace("/", "_").replace(":", "_") for name in models)
     chosen: dict[str, dict[str, Any]] = {
         "per_step": {"prompts": 1, "draws": 2_000_000},
-        "sequences": {"exact_cases": ((3, 3),), "rows": 32, "steps": 32, "coupled_rows": 4},
+        "sequences": {"exact_cases": ((3, 3),), "rows": 64, "steps": 32, "coupled_rows": 4},
         "cache_floor": {"rows": 4, "steps": 48, "lags": (1, 4, 16)},
         "transform_order": {"rows": 8, "steps": 32},
-        "generation": {"steps": 16, "repeats": 3, "required": 8.0},
+        "generation": {"steps": 16},
     }
     return [_part(name, tag, tuple(models), where, **options) for name, options in chosen.items()]
 
