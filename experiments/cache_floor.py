@@ -127,7 +127,7 @@ def _judge(recorder: Recorder, rows: list[dict[str, Any]], config: Config) -> No
             n=f"{sum(cell['reads'] for cell in row['lags'].values()):,} laws",
             statistic=f"mean TV {mean:.1e}, largest {largest:.1e}; own cache {own['mean']:.1e}",
             tv_upper=largest,
-            bound="measured floor (largest of the laws read)",
+            bound=f"measured floor, {row['dtype']}",
             verdict="reproduced at small scale" if held else "refuted as stated",
             held=held,
             caveat=f"a cache that misses one token would be off by {stale['mean']:.2f} on average",
