@@ -23,13 +23,11 @@ def draw(record: Record, folder: Path) -> Figure:
     ax.hlines(y, np.maximum(low, smallest), high, color=COLORS["component 1"], linewidth=3, alpha=0.35)
     ax.plot([transforms[name]["mean"] for name in ordered], y, "D", color=COLORS["component 1"], label="mean")
     ax.plot([transforms[name]["max"] for name in ordered], y, "|", color="0.3", markersize=7, label="largest")
-    ax.axvline(floor, color=COLORS["floor"], linestyle="--", linewidth=0.9)
-    ax.annotate("ME and CE,\ntransform inside\n(numerical floor)", (floor, y[len(y) // 2]), xytext=(4, 0),
-                textcoords="offset points", fontsize=6.5, color="0.35", va="center")  # fmt: skip
+    ax.axvline(floor, color=COLORS["floor"], linestyle="--", linewidth=0.9, label="ME against CE, transform inside")
     ax.set(xscale="log", xlim=(smallest, 1.5), xlabel="TV per step between the two orders")
     ax.set_yticks(y, ordered)
     ax.set_ylim(-0.6, len(ordered) - 0.4)
-    ax.legend(loc="lower left", bbox_to_anchor=(0.12, 0.0))
+    fig.legend(loc="outside upper center", ncols=3, columnspacing=1.0, handletextpad=0.4)
     ten = transforms["top-k 10"]
     caption = (
         f"Mix-then-transform is another law than transform-then-mix ({record.results['label']}, "
