@@ -41,9 +41,10 @@ def draw(record: Record, folder: Path) -> Figure:
     fig.legend([handles[i] for i in kept], [labels[i] for i in kept], loc="outside lower center", ncols=len(kept))
     worst = {row["dtype"]: max(c["max"] for c in row["lags"].values()) for row in rows}
     floors = ", ".join(f"{dtype} {value:.1e}" for dtype, value in worst.items())
+    unusable = [f"{cell['model']} overflows in {cell['dtype']}" for cell in record.results.get("unusable", ())]
     caption = (
         "Lazy key-value synchronisation stays at the numerical floor of the model: the wide pale lines are "
         f"transformers' own cache, fed one token at a time. Largest TV of a law: {floors}. A cache that misses "
-        "one token (dashed) is orders of magnitude away."
+        "one token (dashed) is orders of magnitude away." + "".join(f" {text}." for text in unusable)
     )
     return Figure(tuple(save(fig, folder / record.name, {"caption": caption, "key": record.key})), caption)

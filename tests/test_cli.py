@@ -1,4 +1,4 @@
-"""The command line: exit codes, one line for every mistake, and nothing lost."""
+"""The command line: what its commands print, write and exit with, and nothing lost."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from me_stats import __version__, cli
 from me_stats import record as record_module
@@ -22,66 +20,7 @@ from me_stats.models import catalog
 from me_stats.presets import SIBLINGS
 from me_stats.record import Record
 from tests import tiny
-
-
-@dataclass
-class Result:
-    """What a command left on the terminal."""
-
-    code: int
-    out: str
-    err: str
-
-    @property
-    def line(self) -> str:
-        """The one line that an early mistake prints."""
-        assert self.out == ""
-        (line,) = self.err.splitlines()
-        assert line.startswith("me-stats: ")
-        return line
-
-
-Run = Callable[..., Result]
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Run:
-    """``me-stats`` with these arguments, in this process and in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("TQDM_DISABLE", "1")
-    monkeypatch.setenv("COLUMNS", "100")
-    monkeypatch.delenv("ME_STATS_TRACEBACK", raising=False)
-
-    def main(*arguments: str | Path) -> Result:
-        capsys.readouterr()  # what the test itself loaded may have drawn a bar
-        with pytest.raises(SystemExit) as stop:
-            cli.main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Result(int(stop.value.code or 0), captured.out, captured.err)
-
-    return main
-
-
-@pytest.fixture
-def instant(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Experiments whose runs are there already; the list grows by the name of each that is asked for."""
-    calls: list[str] = []
-
-    def stand_in(name: str) -> Callable[..., Record]:
-        def run_experiment(config: Any, progress: Callable[[float, str], None]) -> Record:
-            calls.append(name)
-            return tiny.stand_in(name, config)
-
-        return run_experiment
-
-    for name in tiny.OPTIONS:
-        monkeypatch.setattr(tiny.experiment(name), "run", stand_in(name))
-    return calls
-
-
-@pytest.fixture
-def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "draw_figures", lambda records, folder: {})
+from tests.commands import Run, save_records
 
 
 def plan_of(monkeypatch: pytest.MonkeyPatch, *parts: job.Part) -> None:
@@ -124,109 +63,6 @@ def test_without_a_command_the_help_shows(run: Run, arguments: tuple[str, ...]) 
     result = run(*arguments)
     assert (result.code, result.err) == (2, "")
     assert "Usage: me-stats" in result.out
-
-
-# Bad usage: one line, exit code 2, nothing run and nothing written
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--nonsense",), "No such option: --nonsense; see 'me-stats --help'"),
-        (("nonsense",), "No such command 'nonsense'; see 'me-stats --help'"),
-        (("reproduce", "--nonsense"), "see 'me-stats reproduce --help'"),
-        (("reproduce", "--seed", "-1"), "'--seed'"),
-        (("reproduce", "--seed", "many"), "'--seed'"),
-        (("reproduce", "--dtype", "int8"), "'--dtype'"),
-        (("reproduce", "stray"), "stray"),
-        (("report",), "see 'me-stats report --help'"),
-        (("models", "path", "smolm2-135m"), "did you mean 'smollm2-135m'"),
-    ],
-)
-def test_bad_usage_is_one_line(run: Run, tmp_path: Path, arguments: tuple[str, ...], message: str) -> None:
-    result = run(*arguments)
-    assert result.code == 2
-    assert message in result.line
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_unknown_part_is_named_with_those_that_exist(run: Run, instant: list[str]) -> None:
-    result = run("reproduce", "--quick", "--only", "per_step-siblings", "nope", "never")
-    assert result.code == 2
-    assert "--only never nope: no such part; this run has toy_equivalence, per_step-siblings, " in result.line
-    assert instant == []
-
-
-def test_unknown_model_comes_with_a_suggestion_before_any_work(run: Run, instant: list[str]) -> None:
-    result = run("reproduce", "--models", "bundled:prose", "smolm2-135m")
-    assert result.code == 2
-    assert "no model 'smolm2-135m': did you mean 'smollm2-135m'?" in result.line
-    assert instant == []
-
-
-def test_an_absent_folder_is_no_model(run: Run, instant: list[str]) -> None:
-    result = run("reproduce", "--models", "./no/such folder")
-    assert result.code == 2
-    assert "no folder './no/such folder'" in result.line
-    assert instant == []
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has what the test asks for in vain")
-def test_a_device_that_is_not_there(run: Run, instant: list[str]) -> None:
-    result = run("reproduce", "--quick", "--device", "cuda")
-    assert result.code == 2
-    assert "--device cuda: " in result.line
-    assert instant == []
-
-
-def test_a_device_that_does_not_exist(run: Run, instant: list[str]) -> None:
-    result = run("reproduce", "--quick", "--device", "abacus")
-    assert result.code == 2
-    assert "--device abacus: " in result.line
-    assert instant == []
-
-
-@pytest.mark.parametrize("out", ["taken", "taken/below"])
-def test_results_that_could_not_be_written_are_refused_before_any_work(
-    run: Run, instant: list[str], tmp_path: Path, out: str
-) -> None:
-    (tmp_path / "taken").write_text("a file", encoding="utf-8")
-    for command in (("reproduce", "--quick"), ("report", _records(tmp_path / "old"))):
-        result = run(*command, "--out", out)
-        assert result.code == 2
-        assert f"cannot write to {out}: " in result.line
-        assert "choose another --out" in result.line
-        assert "Errno" not in result.line
-    assert instant == []
-    assert (tmp_path / "taken").read_text(encoding="utf-8") == "a file"
-
-
-def test_bad_input_that_shows_late_is_one_line_too(
-    run: Run, instant: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def different(config: Any, progress: Any) -> Record:
-        raise ValueError("the vocabularies\ndiffer")
-
-    monkeypatch.setattr(tiny.experiment("per_step"), "run", different)
-    result = run("reproduce", "--quick")
-    assert result.code == 2
-    ours = [line for line in result.err.splitlines() if line.startswith("me-stats: ")]
-    assert ours == [result.err.splitlines()[-1]] == ["me-stats: the vocabularies differ"]
-
-
-def test_traceback_on_demand(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ME_STATS_TRACEBACK", "1")
-    with pytest.raises(ValueError, match="holds no records"):
-        cli.main(["report", "nowhere"])
-
-
-def test_a_bug_keeps_its_traceback(instant: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(config: Any, progress: Any) -> Record:
-        raise RuntimeError("a bug of ours")
-
-    monkeypatch.setattr(tiny.experiment("toy_equivalence"), "run", broken)
-    with pytest.raises(RuntimeError, match="a bug of ours"):
-        cli.main(["reproduce", "--quick", "--out", str(tmp_path)])
 
 
 # Repeated values
@@ -389,13 +225,6 @@ def test_a_model_that_is_not_here_is_pulled_once(
 # Reports
 
 
-def _records(folder: Path) -> Path:
-    """Two records of two sets of models, in a folder."""
-    for name in ("toy_equivalence", "generation"):
-        tiny.record(name).save(folder / f"{name}.json")
-    return folder
-
-
 @pytest.mark.parametrize("make", [True, False], ids=["empty", "absent"])
 def test_report_without_records(run: Run, tmp_path: Path, make: bool) -> None:
     if make:
@@ -407,7 +236,7 @@ def test_report_without_records(run: Run, tmp_path: Path, make: bool) -> None:
 
 
 def test_report_names_a_file_that_is_no_record(run: Run, tmp_path: Path) -> None:
-    _records(tmp_path / "records")
+    save_records(tmp_path / "records")
     (tmp_path / "records" / "zzz.json").write_text('{"name": 3}', encoding="utf-8")
     result = run("report", "records")
     assert result.code == 2
@@ -416,7 +245,7 @@ def test_report_names_a_file_that_is_no_record(run: Run, tmp_path: Path) -> None
 
 
 def test_report_is_the_same_every_time(run: Run, tmp_path: Path) -> None:
-    records = _records(tmp_path / "records")
+    records = save_records(tmp_path / "records")
     before = {path.name: path.read_bytes() for path in records.iterdir()}
 
     def files(out: str) -> dict[str, bytes]:

@@ -21,6 +21,10 @@ from me_stats.vocabulary import Vocabulary
 Prefix = Sequence[int]
 
 
+class NaNLawError(ValueError):
+    """A network returned NaN: its checkpoint is broken, or its dtype too narrow."""
+
+
 @dataclass
 class Cost:
     """Work counted without a clock.
@@ -156,7 +160,7 @@ def checked_laws(model: Any, laws: Any, rows: int) -> Tensor:
     if rows and laws.is_cpu:
         total = laws.logsumexp(-1)
         if bool(total.isnan().any()):
-            raise ValueError(f"{name}.log_probs returned NaN")
+            raise NaNLawError(f"{name}.log_probs returned NaN")
         if bool((total.abs() > 1e-3).any()):
             worst = float(total.abs().max())
             raise ValueError(

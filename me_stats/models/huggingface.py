@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from me_stats.models.base import LanguageModel, Prefix, PrefixSession, Session
+from me_stats.models.base import LanguageModel, NaNLawError, Prefix, PrefixSession, Session
 from me_stats.models.catalog import resolve
 from me_stats.models.ragged import RaggedSession, attention_for
 from me_stats.vocabulary import Vocabulary
@@ -130,6 +130,8 @@ class TransformersModel(LanguageModel):
     def _refusing(self, attempt: Callable[[], Any]) -> Any:
         try:
             return attempt()
+        except NaNLawError:
+            raise
         except (TypeError, ValueError) as error:
             raise ValueError(_no_cache(self.name, _first_line(error))) from error
 
@@ -203,7 +205,7 @@ class TransformersModel(LanguageModel):
                 laws = logits[i, starts[index + i] - first : len(row) - first].float().log_softmax(-1)
                 # A NaN anywhere in a row's logits is one everywhere.
                 if bool(laws[:, 0].isnan().any()):
-                    raise ValueError(f"{self.name} returned NaN logits; check the checkpoint, or use a wider dtype")
+                    raise NaNLawError(f"{self.name} returned NaN logits; check the checkpoint, or use a wider dtype")
                 yield laws
             index += taken
 

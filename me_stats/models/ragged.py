@@ -20,7 +20,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
-from me_stats.models.base import Cost, Prefix
+from me_stats.models.base import Cost, NaNLawError, Prefix
 
 # The names under which transformers finds the attention below: for the usual scaled dot product, and for
 # models with soft-capped scores or attention sinks, which exist in those models' own eager code only.
@@ -372,7 +372,7 @@ class RaggedSession:
         laws = logits.float().log_softmax(-1)
         # A NaN anywhere in a row's logits is one everywhere; on an accelerator the check would stall the queue.
         if laws.is_cpu and bool(laws[:, 0].isnan().any()):
-            raise ValueError(f"{type(self._network).__name__} returned NaN logits; use a wider dtype")
+            raise NaNLawError(f"{type(self._network).__name__} returned NaN logits; use a wider dtype")
         if not np.array_equal(order, np.arange(len(order))):
             laws = laws[torch.from_numpy(np.argsort(order)).to(self._device)]
         return laws, layout.total

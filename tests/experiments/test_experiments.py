@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -324,3 +325,21 @@ def test_a_planted_bug_fails_the_right_checks(name: str, plant: Plant, monkeypat
 
 def test_every_experiment_has_a_planted_bug() -> None:
     assert {name for name, _ in CAUGHT} == set(NAMES)
+
+
+def test_a_dtype_that_overflows_is_named_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    module = tiny.experiment("cache_floor")
+    measure = module._measure
+
+    def overflowing(model: Any, name: str, dtype: str, config: Any) -> dict[str, Any]:
+        if dtype == "float16":
+            next(model.network.parameters()).data.fill_(math.nan)
+        return measure(model, name, dtype, config)  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(module, "_measure", overflowing)
+    record = module.run(tiny.config("cache_floor", models=("bundled:prose",), dtypes=("float32", "float16")))
+    assert record.held
+    assert [row["dtype"] for row in record.results["rows"]] == ["float32"]
+    assert [cell["dtype"] for cell in record.results["unusable"]] == ["float16"]
+    with pytest.raises(ValueError, match="no dtype of bundled:prose"):
+        module.run(tiny.config("cache_floor", models=("bundled:prose",), dtypes=("float16",)))

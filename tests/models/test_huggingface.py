@@ -1,48 +1,27 @@
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import (
-    BertConfig,
-    BertModel,
-    DiffLlamaConfig,
-    DogeConfig,
-    LlamaConfig,
-    MambaConfig,
-    NemotronConfig,
-    Phi3Config,
-    PhimoeConfig,
-    Qwen2MoeConfig,
-    RobertaConfig,
-    T5Config,
-    T5Model,
-)
+from transformers import Phi3Config
 
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Conditioned, Cost, Ensemble, TopK, Warped, huggingface
-from me_stats.models.base import PrefixSession
 from me_stats.models.catalog import CatalogError
 from me_stats.models.huggingface import TransformersModel
 from me_stats.models.ragged import RaggedSession
 from me_stats.presets import SIBLINGS, TEXT_PROMPTS
 from me_stats.samplers import CESampler, MESampler, Sampler
 from me_stats.trace import Trace, score
-from tests.networks import CONTEXT, FAMILIES, V, byte_tokenizer, devices, network, shape, tiny, total_variation
+from tests.mixtures import PROMPTS, ROUNDING, STEPS, assert_coupled, component, ensemble
+from tests.networks import CONTEXT, FAMILIES, V, devices, network, shape, tiny, total_variation
 
 BUNDLED = Path(huggingface.__file__).parent / "bundled"
-PROMPTS = ((5, 6, 7), (8, 9), (10, 11, 12, 13, 14, 15))
-# Two float32 computations of one law in different batch shapes; a wrong law is off by more than 0.01.
-ROUNDING = 1e-5
-STEPS = 12
 
 SAMPLERS: dict[str, Callable[[Ensemble], Sampler]] = {
     "ce": CESampler,
@@ -50,16 +29,6 @@ SAMPLERS: dict[str, Callable[[Ensemble], Sampler]] = {
     "latent": lambda ensemble: CESampler(ensemble, latent=True),
 }
 every_sampler = pytest.mark.parametrize("build", SAMPLERS.values(), ids=SAMPLERS.keys())
-
-
-@cache
-def component(seed: int = 0) -> TransformersModel:
-    return tiny("llama", seed=seed)
-
-
-def ensemble(device: str = "cpu") -> Ensemble:
-    models = [component(0), component(1)] if device == "cpu" else [tiny(seed=i, device=device) for i in (0, 1)]
-    return Ensemble(models, ConstantMixing([0.6, 0.4]))
 
 
 def siblings() -> Ensemble:
@@ -158,16 +127,6 @@ def test_latent_ce_of_the_siblings_writes_what_me_writes() -> None:
     assert_coupled(siblings(), TEXT_PROMPTS)
 
 
-def assert_coupled(model: Ensemble, prompts: Any) -> None:
-    me = MESampler(model).sample(prompts, max_new_tokens=STEPS, n=4, seed=5)
-    ce = CESampler(model, latent=True).sample(prompts, max_new_tokens=STEPS, n=4, seed=5)
-    assert me.components is not None
-    assert ce.components is not None
-    assert torch.equal(me.tokens, ce.tokens)
-    assert torch.equal(me.components, ce.components)
-    assert me.cost.reads < ce.cost.reads
-
-
 # --- teacher forcing
 
 
@@ -221,6 +180,13 @@ def test_score_of_a_trace_is_the_definition() -> None:
 
 def test_batch_of_no_prefixes_is_an_empty_batch_of_laws() -> None:
     assert component().log_probs([]).shape == (0, V)
+
+
+def test_log_probs_of_a_batch_are_those_of_each_prefix_alone() -> None:
+    for family in FAMILIES:
+        model = tiny(family)
+        alone: list[Tensor] = [model.log_probs([prompt]) for prompt in PROMPTS]
+        assert total_variation(model.log_probs(PROMPTS), torch.cat(alone)).max() < ROUNDING
 
 
 def test_models_nest_in_the_algebra() -> None:
@@ -391,299 +357,3 @@ def test_loaded_model_still_generates_what_it_did(family: str) -> None:
     # Greedy decoding through the session agrees: the last prompt has no padding.
     greedy = CESampler(Warped(model, TopK(1))).sample([8, 9, 10, 11, 12], max_new_tokens=20)
     assert greedy.tokens[0].tolist() == before[1, 5:].tolist()
-
-
-# --- architectures
-
-
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "two attentions in a layer": (lambda: DiffLlamaConfig(**shape()), "run attention more than once"),
-    "a mask of its own": (lambda: DogeConfig(**shape()), "builds a mask of its own"),
-    "no arguments passed on": (lambda: NemotronConfig(**shape()), "takes no arguments from the caller"),
-    "a silent window": (
-        lambda: PhimoeConfig(**shape(sliding_window=8, num_local_experts=4, num_experts_per_tok=2)),
-        "does not say that it looks back 8 tokens only",
-    ),
-    "positions with an offset": (
-        lambda: RobertaConfig(**shape(is_decoder=True, pad_token_id=1)),
-        "off by a total variation",
-    ),
-    "state that is no key or value": (
-        lambda: MambaConfig(vocab_size=V, hidden_size=16, num_hidden_layers=2, state_size=4, eos_token_id=None),
-        "layers of type linear_attention",
-    ),
-}
-
-
-@pytest.mark.parametrize(("config", "reason"), REFUSED.values(), ids=REFUSED.keys())
-def test_architecture_that_needs_another_session_is_refused(config: Callable[[], Any], reason: str) -> None:
-    built = network(config())
-    with pytest.raises(ValueError, match=rf"{reason}.*session='prefix'") as refusal:
-        TransformersModel(built)
-    assert "\n" not in str(refusal.value)
-
-
-@pytest.mark.parametrize("kind", ["state that is no key or value", "positions with an offset", "a silent window"])
-def test_prefix_session_serves_every_architecture(kind: str) -> None:
-    model = TransformersModel(network(REFUSED[kind][0]()), session="prefix")
-    session = model.session([(5, 6, 7), (8, 9)])
-    assert isinstance(session, PrefixSession)
-    session.append(np.array([1]), torch.tensor([10]))
-    laws = session.log_probs(np.array([1, 0]))
-    alone = torch.cat([model.log_probs([prefix]) for prefix in ((8, 9, 10), (5, 6, 7))])
-    assert total_variation(laws, alone).max() < ROUNDING
-    assert model.cache_bytes_per_token() == 0
-    mixture = Ensemble([model, model], ConstantMixing([0.6, 0.4]))
-    assert_coupled(mixture, [(5, 6, 7), (8, 9)])
-
-
-def test_prefix_session_of_a_usual_model_writes_the_same_texts() -> None:
-    plain = [TransformersModel(component(i).network, session="prefix") for i in (0, 1)]
-    slow = MESampler(Ensemble(plain, ConstantMixing([0.6, 0.4]))).sample(PROMPTS, max_new_tokens=STEPS, n=2)
-    fast = MESampler(ensemble()).sample(PROMPTS, max_new_tokens=STEPS, n=2)
-    assert torch.equal(slow.tokens, fast.tokens)
-    assert fast.cost.tokens_forwarded < slow.cost.tokens_forwarded / 2
-
-
-@pytest.mark.parametrize("session", ["ragged", "prefix"])
-def test_network_that_looks_ahead_is_refused(session: Any) -> None:
-    both_ways = network(BertConfig(**shape(is_decoder=False)))
-    with pytest.raises(ValueError, match=r"^BertLMHeadModel is not a causal language model: .* depends on later ones$"):
-        TransformersModel(both_ways, session=session)
-
-
-def test_window_kept_on_the_module_is_obeyed() -> None:
-    config = Qwen2MoeConfig(
-        **shape(use_sliding_window=True, sliding_window=8, max_window_layers=0, num_experts=4, num_experts_per_tok=2),
-        moe_intermediate_size=16, shared_expert_intermediate_size=16,
-    )  # fmt: skip
-    model = TransformersModel(network(config))
-    text = tuple(np.random.default_rng(0).integers(2, V, 40).tolist())
-    laws = model.session([text]).log_probs(np.arange(1))
-    assert total_variation(laws, model.log_probs([text])).max() < ROUNDING
-
-
-def test_poisoned_weights_are_refused_wherever_they_show() -> None:
-    poisoned = network(FAMILIES["llama"]())
-    model = TransformersModel(poisoned)
-    with torch.no_grad():
-        poisoned.get_input_embeddings().weight[9] = float("nan")
-    for call in (
-        lambda: model.log_probs([(5,), (8, 9)]),
-        lambda: list(model.path_log_probs([(5,)], [[9, 6]])),
-        lambda: model.session([(8, 9)]).log_probs(np.arange(1)),
-        lambda: CESampler(model).sample([8, 9], max_new_tokens=2),
-        lambda: MESampler(Ensemble([model, model], ConstantMixing([0.6, 0.4]))).sample([8, 9], max_new_tokens=2),
-    ):
-        with pytest.raises(ValueError, match=r"^LlamaForCausalLM returned NaN logits.*wider dtype$"):
-            call()
-    assert bool(model.log_probs([(5,)]).isfinite().all())
-    with torch.no_grad():
-        poisoned.get_output_embeddings().weight.fill_(float("nan"))
-    with pytest.raises(ValueError, match="NaN logits"):
-        TransformersModel(poisoned)
-
-
-# --- vocabularies
-
-
-def folder_config(**changes: Any) -> LlamaConfig:
-    return LlamaConfig(**shape(vocab_size=264, hidden_size=16, intermediate_size=16, head_dim=4) | changes)
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small Llama and its byte tokenizer, as `save_pretrained` leaves them."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    network(folder_config(eos_token_id=257)).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def copy(checkpoint: Path, tmp_path: Path) -> Path:
-    for file in checkpoint.iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    return tmp_path
-
-
-def test_folder_opens_with_its_tokenizer(checkpoint: Path) -> None:
-    model = TransformersModel(checkpoint)
-    assert (model.name, model.dtype, model.vocabulary.eos) == (str(checkpoint), torch.float32, (257,))
-    assert model.vocabulary.decode(model.vocabulary.encode("ab é")) == "ab é"
-    assert set(model.source) == {"sha256"}
-    trace = CESampler(model).sample("ab é", max_new_tokens=4, n=2)
-    assert all(isinstance(text, str) for text in trace.texts())
-    halved = TransformersModel(checkpoint, dtype="bfloat16")
-    assert halved.dtype == torch.bfloat16
-    assert halved.source == model.source
-    assert TransformersModel(checkpoint, tokenizer=byte_tokenizer()).vocabulary == model.vocabulary
-
-
-def test_logit_rows_without_a_token_are_cut(checkpoint: Path) -> None:
-    model = TransformersModel(checkpoint)
-    assert model.network.config.vocab_size == 264
-    assert model.vocabulary.size == 258
-    (path,) = model.path_log_probs([(5, 6)], [[7]])
-    for laws in (model.log_probs([(5, 6)]), model.session([(5, 6)]).log_probs(np.arange(1)), path):
-        assert laws.shape == (1, 258)
-        assert laws.logsumexp(-1).abs().max() < 1e-5
-    bare = TransformersModel(model.network)
-    assert bare.vocabulary.size == 264
-    # Leaving rows out is conditioning on the rest.
-    rest = bare.log_probs([(5, 6)])[:, :258].log_softmax(-1)
-    assert total_variation(rest, model.log_probs([(5, 6)])).max() < ROUNDING
-
-
-def test_ends_come_from_the_generation_config_first(checkpoint: Path) -> None:
-    def eos(declared: Any, config: Any = None) -> tuple[int, ...]:
-        own = network(folder_config(eos_token_id=config))
-        own.generation_config.eos_token_id = declared
-        return TransformersModel(own, tokenizer=byte_tokenizer()).vocabulary.eos
-
-    assert eos([257, 3]) == (3, 257)
-    assert eos(4, config=5) == (4,)
-    assert eos(None, config=5) == (5,)
-    assert eos(None) == ()
-    assert eos([3, 260, -1]) == (3,)  # ids without a token can't be written
-
-
-def test_rows_end_at_any_of_the_ends() -> None:
-    own = network(FAMILIES["llama"]())
-    own.generation_config.eos_token_id = [20, 21, 22, 23, 24]
-    model = TransformersModel(own)
-    trace = CESampler(model).sample(PROMPTS, max_new_tokens=30, n=8)
-    ends = torch.isin(trace.tokens, torch.tensor(model.vocabulary.eos))
-    last = torch.arange(trace.tokens.shape[1])[None] == trace.lengths[:, None] - 1
-    assert bool((ends <= last).all())
-    assert {"eos", "length"} == set(trace.stop_reason)
-
-
-def test_only_equal_token_tables_mix() -> None:
-    byte, other = byte_tokenizer(), byte_tokenizer()
-    other.add_tokens(["extra"])
-    renamed = byte_tokenizer()
-    renamed.add_tokens(["different"])
-    networks = [network(folder_config(), seed=i) for i in (0, 1)]
-    weights = ConstantMixing([0.6, 0.4])
-    first = TransformersModel(networks[0], tokenizer=byte)
-    Ensemble([first, TransformersModel(networks[1], tokenizer=byte_tokenizer())], weights)
-    with pytest.raises(ValueError, match="258 against 259 tokens"):
-        Ensemble([first, TransformersModel(networks[1], tokenizer=other)], weights)
-    with pytest.raises(ValueError, match="ids stand for different tokens"):
-        Ensemble(
-            [TransformersModel(networks[0], tokenizer=other), TransformersModel(networks[1], tokenizer=renamed)],
-            weights,
-        )
-
-
-# --- broken checkpoints
-
-
-def truncate(folder: Path) -> None:
-    weights = folder / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-
-
-def cut_header(folder: Path) -> None:
-    (folder / "model.safetensors").write_bytes(b"\x00\x01")
-
-
-def garbage_config(folder: Path) -> None:
-    (folder / "config.json").write_text("{not json")
-
-
-def list_config(folder: Path) -> None:
-    (folder / "config.json").write_text("[1, 2]")
-
-
-def no_config(folder: Path) -> None:
-    (folder / "config.json").unlink()
-
-
-def no_weights(folder: Path) -> None:
-    (folder / "model.safetensors").unlink()
-
-
-def edit_config(folder: Path, **changes: Any) -> None:
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | changes))
-
-
-def wrong_shapes(folder: Path) -> None:
-    edit_config(folder, intermediate_size=24)
-
-
-def bad_number(folder: Path) -> None:
-    edit_config(folder, num_hidden_layers="two")
-
-
-def one_weight_missing(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    del weights["model.layers.1.mlp.up_proj.weight"]
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def unknown_architecture(folder: Path) -> None:
-    edit_config(folder, model_type="nonesuch")
-
-
-def garbage_tokenizer(folder: Path) -> None:
-    (folder / "tokenizer.json").write_text("{}")
-
-
-def no_tokenizer(folder: Path) -> None:
-    for file in folder.glob("tokenizer*"):
-        file.unlink()
-
-
-BROKEN: tuple[tuple[Callable[[Path], None], str], ...] = (
-    (truncate, "^cannot load "),
-    (cut_header, "^cannot load "),
-    (garbage_config, "^cannot load "),
-    (list_config, "^cannot load |is not a causal language model"),
-    (no_config, "^cannot load |is not a causal language model"),
-    (no_weights, "^cannot load "),
-    (wrong_shapes, "^cannot load "),
-    (bad_number, "^cannot load "),
-    (one_weight_missing, r"lacks 1 weights, such as model\.layers\.1\.mlp\.up_proj\.weight$"),
-    (unknown_architecture, "^cannot load |is not a causal language model"),
-    (garbage_tokenizer, "^cannot load the tokenizer of .*give one as tokenizer=$"),
-    (no_tokenizer, "^cannot load the tokenizer of .*give one as tokenizer=$"),
-)
-
-
-@pytest.mark.parametrize(("damage", "message"), BROKEN, ids=[damage.__name__ for damage, _ in BROKEN])
-def test_broken_folder_is_refused_in_one_line(copy: Path, damage: Callable[[Path], None], message: str) -> None:
-    damage(copy)
-    with pytest.raises(ValueError, match=message) as refusal:
-        TransformersModel(copy)
-    assert "\n" not in str(refusal.value)
-    assert str(copy) in str(refusal.value)
-
-
-def test_folder_without_tokenizer_opens_with_one_given(copy: Path) -> None:
-    no_tokenizer(copy)
-    assert TransformersModel(copy, tokenizer=byte_tokenizer()).vocabulary.size == 258
-
-
-@pytest.mark.parametrize("kind", ["bert", "t5"])
-def test_checkpoint_of_another_kind_is_refused(kind: str, tmp_path: Path) -> None:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        if kind == "bert":
-            BertModel(BertConfig(**shape())).save_pretrained(tmp_path)
-        else:
-            config = T5Config(vocab_size=V, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
-            T5Model(config).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"is not a causal language model|lacks \d+ weights") as refusal:
-        TransformersModel(tmp_path)
-    assert "\n" not in str(refusal.value)
-
-
-def test_log_probs_of_a_batch_are_those_of_each_prefix_alone() -> None:
-    for family in FAMILIES:
-        model = tiny(family)
-        alone: list[Tensor] = [model.log_probs([prompt]) for prompt in PROMPTS]
-        assert total_variation(model.log_probs(PROMPTS), torch.cat(alone)).max() < ROUNDING
