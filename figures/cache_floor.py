@@ -16,7 +16,9 @@ def draw(record: Record, folder: Path) -> Figure:
     """One panel per model: TV of the laws read, mean and largest, against the span caught up at once."""
     rows = record.results["rows"]
     models = list(dict.fromkeys(row["model"] for row in rows))
-    fig, axes = figure(columns=2, height=2.7, ncols=max(2, len(models)), sharey=True)
+    narrow = len(models) == 1
+    fig, grid = figure(columns=1 if narrow else 2, height=2.7, ncols=len(models), sharey=True, squeeze=False)
+    axes = grid[0]
     for ax, model in zip(axes, models, strict=False):
         for row in (row for row in rows if row["model"] == model):
             lags = [int(lag) for lag in row["lags"]]
@@ -33,12 +35,15 @@ def draw(record: Record, folder: Path) -> Figure:
         ax.set_xticks(lags, [str(lag) for lag in lags])
         ax.minorticks_off()
         ax.set_ylim(top=3)
-    for ax in axes[len(models) :]:
-        ax.set_visible(False)
     axes[0].set_ylabel("TV from a fresh prefill")
     handles, labels = axes[0].get_legend_handles_labels()
     kept = [i for i, label in enumerate(labels) if label != "largest"] + [labels.index("largest")]
-    fig.legend([handles[i] for i in kept], [labels[i] for i in kept], loc="outside lower center", ncols=len(kept))
+    fig.legend(
+        [handles[i] for i in kept],
+        [labels[i] for i in kept],
+        loc="outside lower center",
+        ncols=2 if narrow else len(kept),
+    )
     worst = {row["dtype"]: max(c["max"] for c in row["lags"].values()) for row in rows}
     floors = ", ".join(f"{dtype} {value:.1e}" for dtype, value in worst.items())
     unusable = [f"{cell['model']} overflows in {cell['dtype']}" for cell in record.results.get("unusable", ())]
