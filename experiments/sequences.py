@@ -95,8 +95,7 @@ def _enumerate(ensemble: Ensemble, prompt: Any, kept: int, steps: int) -> dict[s
 def scores_of(trace: Trace) -> StepScores:
     """What the martingale tests need, by teacher forcing each row through every component."""
     ensemble = trace.model
-    prompts = [trace.prompts[i] for i in trace.prompt_index.tolist()]
-    rows = [row[:length] for row, length in zip(trace.tokens.tolist(), trace.lengths.tolist(), strict=True)]
+    prompts, rows = trace.row_prompts(), trace.sequences()
     parts = []
     for row, (laws, log_weights) in zip(rows, ensemble.component_paths(prompts, rows), strict=True):
         stacked = torch.stack([law.double().cpu() for law in laws], dim=1)

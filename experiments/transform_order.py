@@ -56,8 +56,7 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     progress(0.0, "generating")
     per_prompt = max(1, config.rows // len(setting.prompts))
     trace = MESampler(ensemble).sample(setting.prompts, n=per_prompt, max_new_tokens=config.steps, seed=config.seed)
-    prompts = [trace.prompts[i] for i in trace.prompt_index.tolist()]
-    rows = [row[:length] for row, length in zip(trace.tokens.tolist(), trace.lengths.tolist(), strict=True)]
+    prompts, rows = trace.row_prompts(), trace.sequences()
     gaps: dict[str, list[torch.Tensor]] = {name: [] for name in TRANSFORMS}
     outside: dict[str, list[torch.Tensor]] = {name: [] for name in TRANSFORMS}
     floor = _floor(ensemble, prompts, rows)
@@ -67,8 +66,9 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
         mixture = mix(laws, log_weights)
         mixture = mixture - mixture.logsumexp(-1, keepdim=True)
         for name, warps in TRANSFORMS.items():
-            then_mix = mix([_apply(law, warps) for law in laws], log_weights)
-            then_transform = _apply(mixture, warps)
+            warp = Warped(ensemble, *warps).warp
+            then_mix = mix([warp(law) for law in laws], log_weights)
+            then_transform = warp(mixture)
             gaps[name].append(torch.as_tensor(tv_distance(then_mix, then_transform)))
             outside[name].append(torch.as_tensor(escaped_mass(then_mix, then_transform)))
     results = {name: _summary(torch.cat(gaps[name]), torch.cat(outside[name])) for name in TRANSFORMS}
@@ -98,12 +98,6 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
 def _largest_floor(dtype: str) -> float:
     """What rounding may do to a law on average: a few units in the last place of the weights' dtype."""
     return max(1e-3, 8 * torch.finfo(getattr(torch, dtype)).eps)
-
-
-def _apply(law: torch.Tensor, warps: tuple[Warp, ...]) -> torch.Tensor:
-    for warp in warps:
-        law = warp(law)
-    return law
 
 
 def _floor(ensemble: Ensemble, prompts: list[Any], rows: list[list[int]]) -> torch.Tensor:

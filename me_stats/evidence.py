@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from me_stats.families import Bools, Family, Floats, Laws
-from me_stats.models.base import path_log_probs
-from me_stats.models.ensemble import Ensemble
+from me_stats.models.ensemble import component_paths
 from me_stats.trace import Trace, score
 
 _LARGEST = 700.0  # log of the largest ratio: cutting q only lowers E, and only a component of no weight gets there
@@ -136,10 +135,7 @@ def collect(
         )
     rows = [row[row >= 0] for row in tokens.cpu()]
     paths = [row.tolist() for row in rows]
-    if isinstance(model, Ensemble):
-        scored_paths = model.component_paths(prompts, paths)
-    else:
-        scored_paths = (((law,), torch.zeros(len(law), 1)) for law in path_log_probs(model, prompts, paths))
+    scored_paths = component_paths(model, prompts, paths)
     parts = [
         Evidence.from_laws(laws, log_weights, written, families=families, rng=rng)
         for laws, log_weights, written in _chunks(scored_paths, rows)

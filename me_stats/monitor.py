@@ -91,8 +91,7 @@ def watch(
         trace = sampler.sample(prompts, n=batch, max_new_tokens=max_new_tokens, seed=seed, rows=rows)
         # A generator of its own for each batch, so that a resumed run draws the same numbers.
         rng = np.random.default_rng([seed, process.sequences]) if process.needs_laws else None
-        starts = [trace.prompts[i] for i in trace.prompt_index.tolist()]
-        process.update(collect(model, starts, trace.tokens, families=process.families, rng=rng))
+        process.update(collect(model, trace.row_prompts(), trace.tokens, families=process.families, rng=rng))
     members = process.by_member[process.worst]
     return WatchResult(
         rejected=process.rejects(alpha),

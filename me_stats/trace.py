@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from me_stats.models.base import Cost, path_log_probs
-from me_stats.models.ensemble import Ensemble
+from me_stats.models.base import Cost
+from me_stats.models.ensemble import Ensemble, component_paths
 from me_stats.vocabulary import Prompt, as_prompts
 
 
@@ -97,7 +97,7 @@ class Trace:
     @cached_property
     def score(self) -> Score:
         """Teacher-forced scores under the model, computed at first use: one pass per component."""
-        return score(self.model, self._row_prompts(), self._sequences())
+        return score(self.model, self.row_prompts(), self.sequences())
 
     @property
     def component_log_probs(self) -> Tensor:
@@ -111,13 +111,15 @@ class Trace:
 
     def texts(self) -> list[str]:
         """The continuations as text (ids, if the vocabulary has no tokenizer)."""
-        return [self.model.vocabulary.decode(row) for row in self._sequences()]
+        return [self.model.vocabulary.decode(row) for row in self.sequences()]
 
-    def _sequences(self) -> list[list[int]]:
+    def sequences(self) -> list[list[int]]:
+        """Token ids that each row wrote, without padding."""
         rows = zip(self.tokens.tolist(), self.lengths.tolist(), strict=True)
         return [row[:length] for row, length in rows]
 
-    def _row_prompts(self) -> list[tuple[int, ...]]:
+    def row_prompts(self) -> list[tuple[int, ...]]:
+        """Token ids of the prompt that each row continued."""
         return [self.prompts[i] for i in self.prompt_index.tolist()]
 
 
@@ -150,11 +152,7 @@ def score(model: Any, prompts: Prompt | Sequence[Prompt], tokens: Sequence[Seque
     shape = (len(rows), max(map(len, rows), default=0), n_components)
     component_log_probs = torch.zeros(shape, dtype=torch.float64)
     log_weights = torch.zeros(shape, dtype=torch.float64)
-    if isinstance(model, Ensemble):
-        paths = model.component_paths(encoded, rows)
-    else:
-        paths = (((law,), torch.zeros(len(law), 1)) for law in path_log_probs(model, encoded, rows))
-    for row, (laws, weights) in enumerate(paths):
+    for row, (laws, weights) in enumerate(component_paths(model, encoded, rows)):
         drawn = torch.tensor(rows[row], dtype=torch.int64)
         log_weights[row, : len(drawn)] = weights
         for i, law in enumerate(laws):

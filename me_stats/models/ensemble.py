@@ -92,6 +92,17 @@ class Ensemble(LanguageModel):
         return f"Ensemble({list(self.components)!r}, {self.mixing!r})"
 
 
+def component_paths(
+    model: Any, prompts: Sequence[Prefix], tokens: Sequence[Prefix]
+) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+    """`Ensemble.component_paths` of any model: one that is not an Ensemble is one component of weight 1."""
+    if isinstance(model, Ensemble):
+        yield from model.component_paths(prompts, tokens)
+    else:
+        for law in component_path_log_probs(model, prompts, tokens):
+            yield (law,), torch.zeros(len(law), 1)
+
+
 class EnsembleSession:
     """One session per component, each catching up only when it is read."""
 
