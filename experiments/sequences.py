@@ -16,11 +16,12 @@ import numpy as np
 import torch
 
 from me_stats import CESampler, Ensemble, MESampler, RowStreams, SequenceMixtureSampler, exact
-from me_stats.martingale import StepScores, concatenate_rows, martingale_portfolio, step_scores
+from me_stats.martingale import martingale_portfolio
 from me_stats.models import TopK, Warped
 from me_stats.presets import SIBLINGS, open_setting
 from me_stats.record import Record, Recorder
 from me_stats.samplers import Sampler
+from me_stats.steps import collect_steps
 from me_stats.trace import Trace
 
 NAME, TITLE = "sequences", "Whole sequences of CE and ME on transformers"
@@ -92,19 +93,9 @@ def _enumerate(ensemble: Ensemble, prompt: Any, kept: int, steps: int) -> dict[s
     return case | {"tv_sequence_mixture": control.tv_distance(law)}
 
 
-def scores_of(trace: Trace) -> StepScores:
-    """What the martingale tests need, by teacher forcing each row through every component."""
-    ensemble = trace.model
-    prompts, rows = trace.row_prompts(), trace.sequences()
-    parts = []
-    for row, (laws, log_weights) in zip(rows, ensemble.component_paths(prompts, rows), strict=True):
-        stacked = torch.stack([law.double().cpu() for law in laws], dim=1)
-        parts.append(step_scores(stacked, log_weights, torch.tensor(row)))
-    return concatenate_rows(parts)
-
-
 def _test(trace: Trace, config: Config) -> dict[str, Any]:
-    outcome = martingale_portfolio(scores_of(trace), np.random.default_rng(config.seed), level=config.level)
+    steps = collect_steps(trace.model, trace.row_prompts(), trace.sequences())
+    outcome = martingale_portfolio(steps, np.random.default_rng(config.seed), level=config.level)
     return {
         "pvalue": outcome.pvalue,
         "worst": outcome.worst.name,

@@ -4,7 +4,8 @@
 drawn from and a known law p, from above (equivalence) and from below (size of a bug), and say beforehand what
 a number of draws can show. `counts` and `probs` are one-dimensional, one entry a cell or token, and `probs`
 holds probabilities, not logarithms; the draws must be independent, all from one prefix (or one fixed mixture).
-All values are total variation, in [0, 1].
+All values are total variation, in [0, 1]. `floor` is the TV by which rounding alone may move p in one step: measure
+it, for a long enough exact test rejects correct code. Upper bounds grow by it, lower bounds and margins shrink.
 """
 
 from __future__ import annotations
@@ -66,7 +67,7 @@ class Certificate:
 
 
 def tv_upper_bound_cells(
-    counts: ArrayLike, probs: ArrayLike, *, confidence: float = 0.95, min_expected: float = 5.0
+    counts: ArrayLike, probs: ArrayLike, *, confidence: float = 0.95, min_expected: float = 5.0, floor: float = 0.0
 ) -> TVBound:
     """Upper bound on the TV of a partition into K cells, from Pearson's X².
 
@@ -85,7 +86,7 @@ def tv_upper_bound_cells(
     -------
     TVBound
         `upper` is never below `null_value`, so that luck (or draws more regular than chance) is not read as
-        precision. One draw of a zero-probability cell makes the statistic infinite and `upper` 1.
+        precision; both include `floor`. One draw of a zero-probability cell makes the statistic infinite, `upper` 1.
 
     Raises
     ------
@@ -98,17 +99,20 @@ def tv_upper_bound_cells(
     >>> round(bound.statistic, 3), round(bound.upper, 3)
     (0.36, 0.046)
     """
-    draws, law, n = _counts_and_law(counts, probs)
+    draws, law, n = _counts_and_law(counts, probs, floor)
     _confidence(confidence)
     statistic, cells, off_support = _pearson(draws, law, n, min_expected)
     null_value = _noncentral_tv(cells - 1.0, cells, n, confidence)
     upper = 1.0 if off_support else _noncentral_tv(max(statistic, cells - 1.0), cells, n, confidence)
+    null_value, upper = min(1.0, null_value + floor), min(1.0, upper + floor)
     method = "noncentral chi-square inversion, cells fixed by the null law"
     return TVBound(0.0, upper, confidence, statistic, n, cells, off_support, null_value, method)
 
 
-def equivalence_pvalue(counts: ArrayLike, probs: ArrayLike, margin: float, *, min_expected: float = 5.0) -> float:
-    """p-value for H0: TV ≥ margin on a partition into K cells, F_ncx2(X²; K − 1, 4 n margin²).
+def equivalence_pvalue(
+    counts: ArrayLike, probs: ArrayLike, margin: float, *, min_expected: float = 5.0, floor: float = 0.0
+) -> float:
+    """p-value for H0: TV ≥ margin on a partition into K cells, F_ncx2(X²; K − 1, 4 n (margin − floor)²).
 
     A small value says "closer than the margin". `tv_upper_bound_cells(...).upper <= margin` implies a p-value of at
     most 1 − confidence; the converse can fail where X² falls below its null expectation, since that
@@ -120,13 +124,15 @@ def equivalence_pvalue(counts: ArrayLike, probs: ArrayLike, margin: float, *, mi
     >>> round(equivalence_pvalue([2480, 2510, 2570, 2440], [0.25] * 4, margin=0.05), 6)
     0.0
     """
-    draws, law, n = _counts_and_law(counts, probs)
+    draws, law, n = _counts_and_law(counts, probs, floor)
     _open_unit("margin", margin)
+    if floor >= margin:
+        raise ValueError(f"floor {floor} reaches margin {margin}: no number of draws can show it; widen the margin")
     statistic, cells, off_support = _pearson(draws, law, n, min_expected)
-    return 1.0 if off_support else float(ncx2.cdf(statistic, cells - 1, 4.0 * n * margin**2))
+    return 1.0 if off_support else float(ncx2.cdf(statistic, cells - 1, 4.0 * n * (margin - floor) ** 2))
 
 
-def tv_upper_bound(counts: ArrayLike, probs: ArrayLike, *, confidence: float = 0.95) -> TVBound:
+def tv_upper_bound(counts: ArrayLike, probs: ArrayLike, *, confidence: float = 0.95, floor: float = 0.0) -> TVBound:
     """Upper bound on TV over a whole vocabulary, most of which is never drawn.
 
     With weights w = max(p, 1/V), W = Σw and d = q − p, Cauchy–Schwarz gives TV ≤ ½ √(W Σ d²/w). The statistic
@@ -138,9 +144,9 @@ def tv_upper_bound(counts: ArrayLike, probs: ArrayLike, *, confidence: float = 0
     μ − z s(μ) = T. The term √(V μ) accounts for the spread that q, not p, puts on rare tokens: without it,
     coverage at nominal .95 drops to .37 for a peaked law with V = 50,000 and n = 1000.
 
-    The normal quantile is an approximation, conservative for few draws, where T is skewed to the right.
-    `upper` is never below `null_value`. A perfect sampler over 50,000 Zipf tokens certifies TV ≤ .01 with 1.3
-    million draws about seven times in ten (100 simulations).
+    The normal quantile is an approximation, conservative for few draws, where T is skewed to the right. `upper` is
+    never below `null_value`, and both include `floor`. A perfect sampler over 50,000 Zipf tokens certifies TV ≤ .01
+    with 1.3 million draws about seven times in ten (100 simulations).
 
     Examples
     --------
@@ -150,7 +156,7 @@ def tv_upper_bound(counts: ArrayLike, probs: ArrayLike, *, confidence: float = 0
     >>> round(bound.null_value, 3), bound.upper < 0.03
     (0.014, True)
     """
-    draws, law, n = _counts_and_law(counts, probs)
+    draws, law, n = _counts_and_law(counts, probs, floor)
     _confidence(confidence)
     weights = np.maximum(law, 1.0 / law.size)
     null_spread = n * math.sqrt(np.sum((law / weights) ** 2))
@@ -168,7 +174,8 @@ def tv_upper_bound(counts: ArrayLike, probs: ArrayLike, *, confidence: float = 0
         high = 4.0 * pairs / weights.sum()
         if excess(high, observed) <= 0.0:
             return 1.0
-        return 0.5 * math.sqrt(weights.sum() * brentq(excess, observed, high, args=(observed,)) / pairs)
+        root = brentq(excess, observed, high, args=(observed,))
+        return min(1.0, 0.5 * math.sqrt(weights.sum() * root / pairs) + floor)
 
     off_support = int(draws[law == 0].sum())
     method = "weighted quadratic statistic, normal quantile"
@@ -176,12 +183,12 @@ def tv_upper_bound(counts: ArrayLike, probs: ArrayLike, *, confidence: float = 0
 
 
 def tv_lower_bound(
-    counts_select: ArrayLike, counts_test: ArrayLike, probs: ArrayLike, *, confidence: float = 0.95
+    counts_select: ArrayLike, counts_test: ArrayLike, probs: ArrayLike, *, confidence: float = 0.95, floor: float = 0.0
 ) -> TVBound:
     """Lower bound on TV, the size of a bug, from two independent halves of the draws.
 
     The first half picks the event A = {p̂ > p}; the second bounds q(A) from below (Clopper–Pearson), and
-    TV ≥ q(A) − p(A). Exact at any n, for any vocabulary; `statistic` is the unbiased estimate of q(A) − p(A).
+    TV ≥ q(A) − p(A) − floor. Exact at any n, for any vocabulary; `statistic` estimates q(A) − p(A) without bias.
 
     Parameters
     ----------
@@ -196,13 +203,13 @@ def tv_lower_bound(
     >>> round(bound.lower, 3), bound.upper
     (0.064, 1.0)
     """
-    select, law, n_select = _counts_and_law(counts_select, probs, name="counts_select")
+    select, law, n_select = _counts_and_law(counts_select, probs, floor, name="counts_select")
     test, _, n = _counts_and_law(counts_test, probs, name="counts_test")
     _confidence(confidence)
     event = select > n_select * law
     hits, null_mass = int(test[event].sum()), float(law[event].sum())
     # One-sided, so all of 1 − confidence goes to the lower end of a two-sided interval.
-    lower = max(0.0, binomial_interval(hits, n, confidence=2.0 * confidence - 1.0)[0] - null_mass)
+    lower = max(0.0, binomial_interval(hits, n, confidence=2.0 * confidence - 1.0)[0] - null_mass - floor)
     off_support = int(test[law == 0].sum())
     method = "sample splitting, Clopper–Pearson"
     return TVBound(lower, 1.0, confidence, hits / n - null_mass, n, law.size, off_support, 0.0, method)
@@ -350,12 +357,16 @@ def _pearson(draws: Floats, law: Floats, n: int, min_expected: float) -> tuple[f
     return statistic, expected.size, off_support
 
 
-def _counts_and_law(counts: ArrayLike, probs: ArrayLike, *, name: str = "counts") -> tuple[Floats, Floats, int]:
+def _counts_and_law(
+    counts: ArrayLike, probs: ArrayLike, floor: float = 0.0, *, name: str = "counts"
+) -> tuple[Floats, Floats, int]:
     draws, law = np.asarray(counts, dtype=np.float64), _law("probs", probs)
     if draws.shape != law.shape:
         raise ValueError(f"{name} has shape {draws.shape} and probs {law.shape}: give one of each a cell")
     if not (np.isfinite(draws) & (draws >= 0) & (draws == np.floor(draws))).all():
         raise ValueError(f"{name} must hold whole numbers of draws, none negative; pass counts, not frequencies")
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"floor is {floor}: a total variation lies in [0, 1]")
     n = int(draws.sum())
     _count(f"the total of {name}", n, minimum=2)
     return draws, law, n

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,11 +11,10 @@ import torch
 from torch import Tensor
 
 from me_stats.families import Bools, Family, Floats, Laws
-from me_stats.models.ensemble import component_paths
+from me_stats.models.ensemble import chunked_paths
 from me_stats.trace import Trace, score
 
 _LARGEST = 700.0  # log of the largest ratio: cutting q only lowers E, and only a component of no weight gets there
-_CHUNK = 1 << 22  # probabilities that are summarised together
 
 
 @dataclass(frozen=True, eq=False)
@@ -108,6 +106,25 @@ class Evidence:
         """From what a sampler wrote, scored under its own model (score families only)."""
         return cls.from_scores(trace.component_log_probs, trace.score.log_weights, trace.tokens)
 
+    @classmethod
+    def join(cls, parts: Sequence[Evidence], written: Bools) -> Evidence:
+        """Parts that hold the written tokens of all rows one after the other, as one of axes (N, T)."""
+
+        def spread(arrays: list[np.ndarray], fill: float) -> np.ndarray:
+            flat = np.concatenate(arrays)
+            grid = np.full((*written.shape, *flat.shape[1:]), fill, dtype=flat.dtype)
+            grid[written] = flat
+            return grid
+
+        n_components = parts[0].weights.shape[-1]
+        return cls(
+            spread([part.ratios for part in parts], 1.0),
+            spread([part.weights for part in parts], 1 / n_components),
+            spread([part.live for part in parts], False),
+            spread([part.impossible for part in parts], False),
+            {name: spread([part.readings[name] for part in parts], 0.0) for name in parts[0].readings},
+        )
+
 
 def collect(
     model: Any,
@@ -133,49 +150,12 @@ def collect(
         return Evidence.from_scores(
             scored.component_log_probs, scored.log_weights, tokens[:, : scored.log_weights.shape[1]]
         )
-    rows = [row[row >= 0] for row in tokens.cpu()]
-    paths = [row.tolist() for row in rows]
-    scored_paths = component_paths(model, prompts, paths)
+    rows = [row[row >= 0].tolist() for row in tokens.cpu()]
     parts = [
         Evidence.from_laws(laws, log_weights, written, families=families, rng=rng)
-        for laws, log_weights, written in _chunks(scored_paths, rows)
+        for laws, log_weights, written in chunked_paths(model, prompts, rows)
     ]
-    return _spread(parts, (tokens >= 0).cpu().numpy())
-
-
-def _chunks(
-    paths: Iterable[tuple[Sequence[Tensor], Tensor]], rows: Sequence[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Laws (L, K, V), log weights (L, K) and tokens (L,) of consecutive tokens, short rows joined and long ones cut."""
-    pending: list[tuple[Tensor, Tensor, Tensor]] = []
-    waiting = 0
-    for number, ((laws, log_weights), row) in enumerate(zip(paths, rows, strict=True), start=1):
-        pending.append((torch.stack([law.to(laws[0].device) for law in laws], dim=1), log_weights, row))
-        waiting += pending[-1][0].numel()
-        if number == len(rows) or waiting >= _CHUNK:
-            joined = [torch.cat(arrays) for arrays in zip(*pending, strict=True)]
-            size = max(1, _CHUNK // math.prod(joined[0].shape[1:]))
-            yield from zip(*(array.split(size) for array in joined), strict=True)
-            pending, waiting = [], 0
-
-
-def _spread(parts: Sequence[Evidence], written: Bools) -> Evidence:
-    """Join parts, which hold the written tokens of all rows one after the other, into axes (N, T)."""
-
-    def join(arrays: list[np.ndarray], fill: float) -> np.ndarray:
-        flat = np.concatenate(arrays)
-        grid = np.full((*written.shape, *flat.shape[1:]), fill, dtype=flat.dtype)
-        grid[written] = flat
-        return grid
-
-    n_components = parts[0].weights.shape[-1]
-    return Evidence(
-        join([part.ratios for part in parts], 1.0),
-        join([part.weights for part in parts], 1 / n_components),
-        join([part.live for part in parts], False),
-        join([part.impossible for part in parts], False),
-        {name: join([part.readings[name] for part in parts], 0.0) for name in parts[0].readings},
-    )
+    return Evidence.join(parts, (tokens >= 0).cpu().numpy())
 
 
 def _checked(log_parts: Tensor, log_weights: Tensor, tokens: Tensor) -> tuple[Floats, Floats, Bools]:

@@ -2,8 +2,7 @@
 
 Each test sums, over all steps, a function of the `StepScores` that has mean zero given the past and a variance that is
 known exactly, and so needs no independence between steps: are the weights right, is the sharpness right, does the
-component index remember itself? The randomised probability integral transforms are independent uniforms, so their cell
-counts are exactly multinomial.
+component index remember itself, is the randomised probability integral transform uniform whatever came before?
 
 Tails are handled as in `tails`: normal or chi-square as far as the largest summands allow, the supermartingale
 bound of Delyon beyond.
@@ -16,11 +15,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.linalg import block_diag
 
 from me_stats.chi_square import (
     GoodnessResult,
     ScoreSums,
-    chi_square_gof,
     no_information,
     score_chi_square,
     score_noncentrality,
@@ -41,10 +40,13 @@ __all__ = [
     "pit_test",
     "stack_steps",
     "step_scores",
+    "step_tv_lower_bound",
 ]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
+
+_TAILS = (0.02, 0.1, 0.25, 0.5, 0.75, 0.9)
 
 
 @dataclass(frozen=True)
@@ -149,8 +151,9 @@ def pit_test(
     """Are ``U_t = F_t(x_t-) + v_t p_t(x_t)`` independent uniforms? Chi-squares of values and of consecutive pairs.
 
     Tokens are ordered by P_1/p (`order` "ratio") or by decreasing p ("rank"); v comes from `rng`. Values use up to 32
-    equal bins, non-overlapping pairs (U_1, U_2), (U_3, U_4), ... of a sequence up to 8 x 8, as many as leave 20
-    expected in each. Both counts are multinomial under the null, so p-values are as good as those of `chi_square_gof`.
+    equal bins. Of non-overlapping pairs (U_1, U_2), (U_3, U_4), ... of a sequence the second is tested given the bin of
+    the first, up to 8 x 8: a first token that ends the sequence has no second, so the two together are not uniform.
+    Bins are as many as leave 20 expected in each.
     """
     _check_two_axes(steps)
     if order not in ("ratio", "rank"):
@@ -159,13 +162,49 @@ def pit_test(
     u = below + rng.random(below.shape) * steps.p
     values = u[steps.mask]
     bins = int(np.clip(len(values) // 20, 2, 32))
-    uniform = _equal_cells(_digitise(values, bins), bins, f"PIT by {order}", level)
+    one_row = np.zeros(len(values), dtype=np.int64)
+    uniform = _uniform_given(one_row, _digitise(values, bins), bins, f"PIT by {order}", level)
     half = u.shape[1] // 2 * 2
     both = steps.mask[:, 0:half:2] & steps.mask[:, 1:half:2]
     side = int(np.clip(math.isqrt(int(both.sum()) // 20), 2, 8))
     first, second = (_digitise(u[:, start:half:2][both], side) for start in (0, 1))
-    pairs = _equal_cells(first * side + second, side**2, f"PIT by {order}, pairs", level)
+    pairs = _uniform_given(first, second, side, f"PIT by {order}, pairs", level)
     return uniform, pairs
+
+
+def step_tv_lower_bound(
+    steps: StepScores, rng: np.random.Generator, *, confidence: float = 0.95, tails: tuple[float, ...] = _TAILS
+) -> float:
+    """Lower confidence bound on the total variation between the sampler's steps and their laws, averaged over steps.
+
+    ``TV_t >= q_t(A_t) - p_t(A_t)`` for any event A_t. Rows with even numbers pick one of the events "U_t is in its
+    upper or lower share c", by either order of `pit_test`; the odd rows bound the mean of ``1[A_t] - c``, whose terms
+    lie in an interval of length 1, by ``S <= log(1/α)/η + η n/8`` with η fixed by the size of the grid (Hoeffding; a
+    supermartingale, so that sequences may end and steps may depend). 0 where nothing is found.
+
+    >>> import torch
+    >>> laws = torch.log(torch.tensor([[0.5, 0.5]])).expand(400, 10, 1, 2)
+    >>> steps = step_scores(laws, torch.zeros(1), torch.zeros(400, 10, dtype=torch.int64))  # always token 0: TV is .5
+    >>> 0.4 < step_tv_lower_bound(steps, np.random.default_rng(0)) <= 0.5
+    True
+    """
+    _check_two_axes(steps)
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence must lie strictly between 0 and 1, got {confidence}")
+    v = rng.random(steps.mask.shape) * steps.p
+    events = [
+        (u < tail if lower else u >= 1 - tail, tail)
+        for u in (steps.below_ratio + v, steps.below_rank + v)
+        for tail in tails
+        for lower in (True, False)
+    ]
+    excess = [np.where(steps.mask, event - tail, 0.0) for event, tail in events]
+    chosen = excess[int(np.argmax([part[::2].sum() for part in excess]))][1::2]
+    n, log_bound = int(steps.mask[1::2].sum()), -math.log1p(-confidence)
+    if n == 0:
+        return 0.0
+    eta = math.sqrt(8 * log_bound / chosen.size)
+    return max(0.0, (float(chosen.sum()) - log_bound / eta - eta * n / 8) / n)
 
 
 def martingale_portfolio(
@@ -232,11 +271,26 @@ def _result(sums: ScoreSums, name: str, unit: float, effect: str, level: float) 
     return _as_martingale(tested, statistic, smallest, effect)
 
 
-def _equal_cells(index: Ints, cells: int, name: str, level: float) -> MartingaleResult:
-    tested = no_information(name, 0, level)
-    if len(index):
-        counts = np.bincount(index, minlength=cells)
-        tested = chi_square_gof(counts, np.full(cells, 1 / cells), level=level, name=name)
+def _uniform_given(row: Ints, column: Ints, bins: int, name: str, level: float) -> MartingaleResult:
+    """Chi-square that `column` (n,) is uniform over `bins` whatever `row` (n,) is, which is known before it.
+
+    How many are in a row depends on the draws, since sequences may end: the counts are a martingale, no multinomial.
+    """
+    tested = no_information(name, len(row), level)
+    if len(row):
+        rows = int(row.max()) + 1
+        in_row = np.bincount(row, minlength=rows).astype(float)
+        counts = np.bincount(row * bins + column, minlength=rows * bins).reshape(rows, bins)
+        centred = counts - in_row[:, None] / bins
+        one = np.eye(bins) / bins - 1 / bins**2
+        # sum d d^T of a row, d = 1[column] - 1/bins.
+        moments = [np.diag(c) - (c[:, None] + c) / bins + n / bins**2 for c, n in zip(counts, in_row, strict=True)]
+        # Along every direction of unit variance |d| is at most sqrt(bins/n), which bounds its skewness.
+        skewness = math.sqrt(bins / in_row[in_row > 0].min())
+        covariance = np.asarray(np.kron(np.diag(in_row), one), dtype=np.float64)
+        sums = ScoreSums(centred.reshape(-1), covariance, block_diag(*moments), skewness, len(row))
+        tested = score_chi_square(sums, name=name, level=level)
+    # Equal rows: the noncentrality is 4 n TV^2 at least, as for cells.
     return _as_martingale(tested, tested.statistic, tested.min_detectable_tv, "TV of the transform")
 
 

@@ -14,11 +14,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from me_stats.models.ensemble import chunked_paths
 
 Floats = NDArray[np.float64]
 Bools = NDArray[np.bool_]
@@ -97,6 +100,30 @@ def step_scores(component_log_probs: Tensor, log_weights: Tensor, tokens: Tensor
         mask.cpu().numpy(),
         impossible.cpu().numpy(),
     )
+
+
+def collect_steps(model: Any, prompts: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> StepScores:
+    """Summaries (N, T) of N ragged continuations by teacher forcing under `model`, one prompt of ids per row.
+
+    A model that is not an Ensemble is one component of weight 1.
+
+    >>> from me_stats.models.toy import MarkovModel
+    >>> collect_steps(MarkovModel.random(4, seed=0), [(0,), (1,)], [[1, 2, 3], [3]]).mask.tolist()
+    [[True, True, True], [True, False, False]]
+    """
+    parts = [step_scores(*chunk) for chunk in chunked_paths(model, prompts, tokens)]
+    longest = max(map(len, tokens), default=0)
+    return join_steps(parts, np.arange(longest) < np.array([len(row) for row in tokens], dtype=int)[:, None])
+
+
+def join_steps(parts: Sequence[StepScores], written: Bools) -> StepScores:
+    """Parts that hold the written tokens of all rows one after the other, as one of axes (N, T)."""
+    joined = {}
+    for entry in fields(StepScores):
+        flat = np.concatenate([getattr(part, entry.name) for part in parts])
+        joined[entry.name] = np.zeros((*written.shape, *flat.shape[1:]), dtype=flat.dtype)
+        joined[entry.name][written] = flat
+    return StepScores(**joined)
 
 
 def concatenate_rows(parts: Sequence[StepScores]) -> StepScores:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from me_stats.draws import BLOCK, RowStreams, Stream, inverse_cdf
+from me_stats.draws import BLOCK, RowStreams, Stream, inverse_cdf, inverse_cdf_error
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Ensemble, TableModel
 from me_stats.samplers import CESampler, MESampler
@@ -66,6 +66,20 @@ def test_intervals_are_half_open_at_exact_ties(dtype: torch.dtype) -> None:
     expected = {0.0: 1, 2**-53: 1, 0.25 - 2**-54: 1, 0.25: 3, 0.5 - 2**-53: 3, 0.5: 4, ALMOST_ONE: 4}
     u = torch.tensor(list(expected), dtype=torch.float64)
     assert inverse_cdf(law, u, index=torch.zeros(len(u), dtype=torch.long)).tolist() == list(expected.values())
+
+
+@given(log_laws())
+def test_its_error_bounds_what_it_really_draws(log_law: Tensor) -> None:
+    for law, error in zip(log_law, inverse_cdf_error(log_law), strict=True):
+        size = len(law)
+        low, high = torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
+        for _ in range(60):  # where the drawn id first passes each token, by bisection
+            middle = (low + high) / 2
+            beyond = inverse_cdf(law.expand(size, -1), middle.clamp(max=ALMOST_ONE)) > torch.arange(size)
+            low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+        widths = torch.diff(high, prepend=torch.zeros(1, dtype=torch.float64))
+        assert float((widths - law.double().softmax(-1)).abs().sum()) / 2 <= float(error) + 1e-15
+        assert float(error) < 1e-6
 
 
 def test_a_law_of_the_smallest_float_is_still_drawn_from_its_support() -> None:

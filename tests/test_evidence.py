@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from me_stats import evidence as module
 from me_stats.evidence import Evidence, collect
 from me_stats.families import ALL_FAMILIES, SCORE_FAMILIES, Tilts, TransformBins
 from me_stats.models import MarkovModel, Temperature, Warped
+from me_stats.models import ensemble as ensemble_module
 from me_stats.samplers import CESampler, MESampler
 from tests.strategies import ensembles, prompts, seeds
 
@@ -49,7 +49,7 @@ def test_chunks_do_not_change_what_is_read(monkeypatch: pytest.MonkeyPatch) -> N
     starts = [trace.prompts[i] for i in trace.prompt_index.tolist()]
     whole = collect(model, starts, trace.tokens, families=[Tilts()])
     for size in (1, 17, 64):
-        monkeypatch.setattr(module, "_CHUNK", size)
+        monkeypatch.setattr(ensemble_module, "_CHUNK", size)
         part = collect(model, starts, trace.tokens, families=[Tilts()])
         np.testing.assert_array_equal(part.readings["tilts"], whole.readings["tilts"])
         np.testing.assert_array_equal(part.ratios, whole.ratios)

@@ -9,6 +9,7 @@ import pytest
 import torch
 from scipy import stats
 
+from me_stats import CESampler, ConstantMixing, Ensemble
 from me_stats.martingale import (
     concatenate_rows,
     lag_one_test,
@@ -19,6 +20,8 @@ from me_stats.martingale import (
     pit_test,
     step_scores,
 )
+from me_stats.models import MarkovModel
+from me_stats.steps import collect_steps
 from tests.laws import EVEN, markov_pair, rows, simulate, summarise
 
 
@@ -214,3 +217,20 @@ def test_bad_input() -> None:
     nothing = step_scores(laws[None], weights, tokens[None] - 1)
     with pytest.raises(ValueError, match="at least one valid step"):
         lambda_score_test(nothing)
+
+
+@pytest.mark.parametrize("order", ["ratio", "rank"])
+def test_transforms_are_uniform_where_sequences_end(order: str) -> None:
+    # Whether a second token exists depends on the first, so pairs that are complete are no fair sample of pairs.
+    toys = [MarkovModel.random(6, seed=seed, eos=(5,)) for seed in (2, 3)]
+    ensemble = Ensemble(toys, ConstantMixing([0.5, 0.5]))
+    trace = CESampler(ensemble).sample([[0], [1, 2]], n=3000, max_new_tokens=12, seed=0)
+    steps = collect_steps(ensemble, trace.row_prompts(), trace.sequences())
+    values, pairs = pit_test(steps, np.random.default_rng(0), order=order)
+    assert min(values.pvalue, pairs.pvalue) > 1e-4
+    small, false_alarms = 30, np.zeros(2)
+    for run in range(200):
+        drawn = rows(steps, run * small, (run + 1) * small)
+        found = pit_test(drawn, np.random.default_rng(run), order=order)
+        false_alarms += [result.pvalue <= 0.05 for result in found]
+    assert (false_alarms <= 28).all()  # binomial(200, .05) passes 28 with probability 1e-7

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from me_stats.models.base import (
     require_language_model,
 )
 from me_stats.models.base import path_log_probs as component_path_log_probs
+
+_CHUNK = 1 << 22  # probabilities that `chunked_paths` keeps together
 
 
 class Ensemble(LanguageModel):
@@ -101,6 +104,27 @@ def component_paths(
     else:
         for law in component_path_log_probs(model, prompts, tokens):
             yield (law,), torch.zeros(len(law), 1)
+
+
+def chunked_paths(
+    model: Any, prompts: Sequence[Prefix], tokens: Sequence[Sequence[int]]
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Laws (L, K, V), log-weights (L, K) and tokens (L,) along continuations, row after row.
+
+    Short rows are joined and long ones cut, so that what stands in memory is bounded whatever T and V are.
+    """
+    pending: list[tuple[Tensor, Tensor, Tensor]] = []
+    waiting = 0
+    paths = component_paths(model, prompts, tokens)
+    for number, ((laws, log_weights), row) in enumerate(zip(paths, tokens, strict=True), start=1):
+        stacked = torch.stack([law.to(laws[0].device) for law in laws], dim=1)
+        pending.append((stacked, log_weights, torch.tensor(row, dtype=torch.int64)))
+        waiting += stacked.numel()
+        if number == len(tokens) or waiting >= _CHUNK:
+            joined = [torch.cat(arrays) for arrays in zip(*pending, strict=True)]
+            size = max(1, _CHUNK // math.prod(joined[0].shape[1:]))
+            yield from zip(*(array.split(size) for array in joined), strict=True)
+            pending, waiting = [], 0
 
 
 class EnsembleSession:
