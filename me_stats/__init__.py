@@ -43,10 +43,15 @@ _MODULES = (
     "models",
     "monitor",
     "prefixes",
+    "repeats",
     "samplers",
     "sequence_divergence",
+    "sequence_kl",
+    "sequential",
     "steps",
     "tails",
+    "testing",
+    "twosample",
 )
 
 if TYPE_CHECKING:
@@ -63,10 +68,15 @@ if TYPE_CHECKING:
         models,
         monitor,
         prefixes,
+        repeats,
         samplers,
         sequence_divergence,
+        sequence_kl,
+        sequential,
         steps,
         tails,
+        testing,
+        twosample,
     )
     from me_stats.draws import RowStreams
     from me_stats.eprocess import EProcess
@@ -104,11 +114,16 @@ __all__ = [
     "models",
     "monitor",
     "prefixes",
+    "repeats",
     "samplers",
     "score",
     "sequence_divergence",
+    "sequence_kl",
+    "sequential",
     "steps",
     "tails",
+    "testing",
+    "twosample",
     "watch",
 ]
 

@@ -76,10 +76,10 @@ def plan(
     device: str = "cpu",
     seed: int = 0,
 ) -> list[Part]:
-    """The parts of a run: toys, then each set of models.
+    """The parts of a run: toys, then each set of models, then what shows how far our tests can be trusted.
 
-    `models` replaces the default sets; the toys run in every case. `quick` makes samples of toys and siblings
-    smaller and leaves out what needs a download.
+    `models` replaces the default sets and leaves the last group out; the toys run in every case. `quick` makes samples
+    of toys and siblings smaller and leaves out what needs a download.
     """
     toys = _config("toy_equivalence", seed=seed, **({"shapes": ((2, 5, 3), (3, 3, 3), (4, 2, 3))} if quick else {}))
     parts = [Part("toy_equivalence", "", toys)]
@@ -88,6 +88,7 @@ def plan(
         parts += _siblings(where, quick=quick)
         if not quick:
             parts += _language_models(LANGUAGE_MODEL, where)
+        parts += _instruments(seed, quick=quick)
     else:
         parts += _siblings(where, quick=quick) if tuple(models) == SIBLINGS else _language_models(models, where)
     return parts
@@ -96,6 +97,7 @@ def plan(
 def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
     small: dict[str, dict[str, Any]] = {
         "per_step": {"prompts": 2, "draws": 100_000, "margin": 0.02},
+        "certificate": {"rows": 8, "steps": 32},
         "sequences": {"exact_cases": ((3, 4), (0, 1)), "rows": 64, "coupled_rows": 8, "steps": 48},
         "cache_floor": {"rows": 4, "steps": 64},
         "transform_order": {"rows": 8},
@@ -109,12 +111,21 @@ def _language_models(models: Sequence[str], where: dict[str, Any]) -> list[Part]
     tag = "+".join(name.replace("/", "_").replace(":", "_") for name in models)
     chosen: dict[str, dict[str, Any]] = {
         "per_step": {"prompts": 1, "draws": 2_000_000},
+        "certificate": {"rows": 8, "steps": 48},
         "sequences": {"exact_cases": ((3, 3),), "rows": 64, "steps": 32, "coupled_rows": 4},
         "cache_floor": {"rows": 4, "steps": 48, "lags": (1, 4, 16)},
         "transform_order": {"rows": 8, "steps": 32},
         "generation": {"steps": 16},
     }
     return [_part(name, tag, tuple(models), where, **options) for name, options in chosen.items()]
+
+
+def _instruments(seed: int, *, quick: bool) -> list[Part]:
+    small: dict[str, dict[str, Any]] = {
+        "generate_judged": {"rows": 500, "assisted_rows": 30},
+    }
+    chosen = small if quick else {name: {} for name in small}
+    return [Part(name, "", _config(name, seed=seed, **options)) for name, options in chosen.items()]
 
 
 def _part(name: str, tag: str, models: Sequence[str], where: dict[str, Any], **options: Any) -> Part:
@@ -160,21 +171,40 @@ def _threads(part: Part) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-# The order in which a report tells the story.
-ORDER = ("toy_equivalence", "per_step", "sequences", "cache_floor", "transform_order", "generation")
+# The order in which a report tells the story: the paper's claims, and then how far our tests can be trusted.
+ORDER = (
+    "toy_equivalence",
+    "per_step",
+    "certificate",
+    "sequences",
+    "cache_floor",
+    "transform_order",
+    "generation",
+    "generate_judged",
+    "calibration",
+    "tv_bounds",
+    "power",
+    "power_one_step",
+)
+
+
+def experiment_of(name: str) -> str:
+    """The experiment of a record's name, which may end in a tag: ``per_step-siblings``."""
+    return name.split("-")[0]
 
 
 def rank(name: str) -> int:
     """Place of a record in the report."""
-    return next((i for i, experiment in enumerate(ORDER) if name.startswith(experiment)), len(ORDER))
+    experiment = experiment_of(name)
+    return ORDER.index(experiment) if experiment in ORDER else len(ORDER)
 
 
 def draw_figures(records: Sequence[Record], folder: Path) -> dict[str, list[Any]]:
     """Figures of each record by record name; an experiment without a figure script has none."""
     figures: dict[str, list[Any]] = {}
     for record in records:
-        experiment = next((name for name in ORDER if record.name.startswith(name)), None)
-        if experiment is not None:
+        experiment = experiment_of(record.name)
+        if experiment in ORDER:
             try:
                 script = load("figures", experiment)
             except FileNotFoundError:

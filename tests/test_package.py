@@ -90,7 +90,7 @@ def test_scripts_have_docstrings(folder: str) -> None:
 # Documents
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/testing.md"])
 def test_python_in_documents_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = ROOT / name
     blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -103,7 +103,15 @@ def test_python_in_documents_runs(name: str, tmp_path: Path, monkeypatch: pytest
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "paper_repro.md"])
+def test_a_verdict_takes_fewer_than_fifteen_lines() -> None:
+    text = (ROOT / "docs" / "testing.md").read_text(encoding="utf-8")
+    first = re.search(r"^```python\n(.*?)^```$", text, flags=re.M | re.S)
+    assert first is not None
+    assert len([line for line in first[1].splitlines() if line.strip()]) < 15
+    assert "check_sampler(my_sampler" in first[1]
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "paper_repro.md", "docs/testing.md"])
 def test_links_of_documents_lead_somewhere(name: str) -> None:
     path = ROOT / name
     if not path.exists():
@@ -114,7 +122,7 @@ def test_links_of_documents_lead_somewhere(name: str) -> None:
             continue
         if (target.startswith("figures/") or target == "paper_repro.md") and not RECORDS:
             continue  # both are made from records
-        assert (ROOT / target).exists(), target
+        assert (path.parent / target).exists(), target
 
 
 def test_commands_in_the_readme_parse(capsys: pytest.CaptureFixture[str]) -> None:

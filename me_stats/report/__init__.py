@@ -20,6 +20,7 @@ _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # A number in scientific notation that stands alone, and too short to be a hash such as 7e21468.
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)[eE]([+-]?\d{1,3})(?!\w|\.\d)")
 _IMAGES = (".png", ".svg")
+_ABOUT_TESTS = ("calibration", "tv_bounds", "power", "power_one_step", "generate_judged")
 
 
 @dataclass(frozen=True)
@@ -105,6 +106,17 @@ def checks(record: Record) -> dict[str, bool]:
         name = f"{finding.claim}: {finding.statement} ({finding.models})"
         named[name] = named.get(name, True) and finding.held
     return named
+
+
+def sections(records: Iterable[Record]) -> tuple[tuple[str, tuple[Record, ...]], ...]:
+    """(heading, records) of the records that bear on no claim: measurements, then what shows how good our tests are."""
+    others = [record for record in records if not record.findings]
+    about_tests = tuple(record for record in others if record.name.split("-")[0] in _ABOUT_TESTS)
+    parts = (
+        ("Other experiments", tuple(record for record in others if record not in about_tests)),
+        ("How far the tests can be trusted", about_tests),
+    )
+    return tuple(part for part in parts if part[1])
 
 
 def failures(records: Iterable[Record]) -> tuple[tuple[str, str], ...]:

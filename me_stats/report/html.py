@@ -79,7 +79,7 @@ def write_html(
         paper=PAPER,
         tally=report.tally(records),
         rows=rows,
-        others=[record for record in records if not record.findings],
+        sections=report.sections(records),
         failures=report.failures(records),
         home={record.name: row.claim for row in reversed(rows) for record in row.records},
         decision=report.decision,

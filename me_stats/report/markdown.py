@@ -42,9 +42,8 @@ def report_markdown(
         lines += _findings(row.findings)
         for record in row.records:
             lines += _experiment(record, report.figures_of(record, figures), commands)
-    others = [record for record in records if not record.findings]
-    if others:
-        lines += ["", "## Other experiments"]
+    for heading, others in report.sections(records):
+        lines += ["", f"## {heading}"]
         for record in others:
             lines += _experiment(record, report.figures_of(record, figures), commands)
     return "\n".join(lines) + "\n"
@@ -111,6 +110,13 @@ def paper_repro(
         for record in row.records:
             lines += ["", f"{_inline(record.title)} (`{record.name}`, {report.duration(record.wall_s)}):", ""]
             lines += ["```sh", report.command(record, commands), "```"]
+            for stem, caption in _pictures(record, figures):
+                lines += ["", _picture(stem, caption, record)]
+    for heading, others in report.sections(records):
+        lines += ["", f"## {heading}"]
+        for record in others:
+            lines += ["", f"{_inline(record.title)} (`{record.name}`, {report.duration(record.wall_s)}):", ""]
+            lines += ["```sh", report.command(record, commands), "```", "", *_checks(record)]
             for stem, caption in _pictures(record, figures):
                 lines += ["", _picture(stem, caption, record)]
     return "\n".join(lines) + "\n"
@@ -198,14 +204,17 @@ def _findings(findings: Iterable[Finding]) -> list[str]:
 
 
 def _experiment(record: Record, figures: Sequence[report.Figure], commands: Mapping[str, str] | None) -> list[str]:
-    named = report.checks(record)
     lines = ["", f"### {_inline(record.title)}"]
     for figure in figures:
         lines += ["", _picture(figure.stem, figure.caption, record)]
-    lines += ["", "```sh", report.command(record, commands), "```", ""]
-    lines += [f"- {'✓' if held else '✗'} {_inline(name)}" for name, held in sorted(named.items(), key=lambda c: c[1])]
+    lines += ["", "```sh", report.command(record, commands), "```", "", *_checks(record)]
     facts = "; ".join(f"{label}: {text}" for label, text in report.provenance(record).items())
     return [*lines, "", f"{_inline(facts)}. [JSON record](records/{quote(record.name)}.json)"]
+
+
+def _checks(record: Record) -> list[str]:
+    named = sorted(report.checks(record).items(), key=lambda check: check[1])
+    return [f"- {'✓' if held else '✗'} {_inline(name)}" for name, held in named]
 
 
 def _pictures(record: Record, figures: report.Figures | None) -> list[tuple[str, str]]:
