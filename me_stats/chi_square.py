@@ -85,8 +85,8 @@ def chi_square_gof(
     """Pearson's chi-square of counts (K,) against cell probabilities (K,), with a tail that can be trusted.
 
     ``X^2 = sum (c - E)^2/E`` on K-1 degrees of freedom. Cells whose null expectation is below `min_expected` are
-    merged into one (never by what was observed). The chi-square tail is used down to `trusted_level(min E^-1/2)`,
-    1e-4 where every E >= 20, and `finite_sample_pvalue` of G below. A draw in a cell of probability zero gives
+    merged into one (never by what was observed). The chi-square tail is used down to `trusted_level(min E^-1/2)`
+    and `finite_sample_pvalue` of G below. A draw in a cell of probability zero gives
     p-value 0.0 with method "impossible cell". One cell left gives p-value 1. Raises ValueError for counts
     that are not non-negative integers, no draw, or probabilities that do not sum to one.
 
@@ -116,8 +116,6 @@ def chi_square_gof(
     g = max(0.0, float(2 * (special.xlogy(observed, observed / expected)).sum()))
     smallest = float(expected.min())
     trusted = trusted_level(smallest**-0.5)
-    if smallest >= 20:
-        trusted = min(trusted, 1e-4)
     bound = finite_sample_pvalue(g, df + 1)
     pvalue, method = trusted_pvalue(x2, df, trusted, bound, "finite-sample bound on G")
     critical = trusted_critical(level, df, trusted, finite_sample_critical(level, df + 1))

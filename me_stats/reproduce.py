@@ -123,7 +123,15 @@ def _language_models(models: Sequence[str], where: dict[str, Any]) -> list[Part]
 def _instruments(seed: int, *, quick: bool) -> list[Part]:
     small: dict[str, dict[str, Any]] = {
         "generate_judged": {"rows": 500, "assisted_rows": 30},
-    }
+        "calibration": {
+            "runs": 500, "zipf_runs": 80, "sequence_runs": 80, "pool_rows": 300, "two_sample_runs": 40,
+            "far_runs": 50_000,
+        },
+        "tv_bounds": {
+            "grid": ((256, (1000, 10_000, 100_000), 60), (50_257, (100_000,), 12)), "sequence_draws": (1000,),
+            "sequence_runs": 60,
+        },
+    }  # fmt: skip
     chosen = small if quick else {name: {} for name in small}
     return [Part(name, "", _config(name, seed=seed, **options)) for name, options in chosen.items()]
 

@@ -17,7 +17,19 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cache_floor": {"dtypes": ("float32", "bfloat16"), "lags": (1, 2, 4), "rows": 2, "steps": 12},
     "transform_order": {"rows": 4, "steps": 16},
     "generation": {"batches": (1, 64), "steps": 24, "repeats": 1},
-}
+    "certificate": {"rows": 4, "steps": 12, "component_draws": 400_000},
+    "generate_judged": {"prompts": 1, "rows": 600, "assisted_rows": 40, "steps": 16},
+    "calibration": {
+        "runs": 450, "zipf_runs": 30, "sequence_runs": 48, "pool_rows": 96, "two_sample_runs": 12, "far_runs": 4000,
+        "steps": 8,
+    },
+    "tv_bounds": {
+        "grid": ((64, (1000, 10_000), 120), (2000, (10_000,), 20)), "sequence_draws": (500,), "sequence_runs": 30,
+    },
+}  # fmt: skip
+
+# Experiments whose planted bugs and progress have a test file of their own.
+APART = ("calibration", "tv_bounds", "certificate", "generate_judged")
 
 
 def experiment(name: str) -> ModuleType:

@@ -191,9 +191,11 @@ class _Run:
         for index, law in enumerate(self.first_laws):
             p = np.exp(law)
             one, two = self.counts[:, index]
+            if one.sum() < 2 or two.sum() < 2:  # too few to bound anything
+                upper = 1.0
+                continue
             upper = max(upper, tv_upper_bound(one + two, p, confidence=confidence, floor=self.floor).upper)
-            if one.sum() and two.sum():
-                lower = max(lower, tv_lower_bound(one, two, p, confidence=confidence, floor=self.floor).lower)
+            lower = max(lower, tv_lower_bound(one, two, p, confidence=confidence, floor=self.floor).lower)
         return upper, lower
 
     def _refuse_below_floor(self, smallest: float) -> None:

@@ -70,7 +70,8 @@ def test_findings_say_how_far_to_trust_them(name: str) -> None:
         if finding.verdict == "reproduced":
             assert finding.bound == "exact"
             assert finding.models == "toys"  # nothing else can be settled for good
-    assert bool(record.findings) == (name not in ("transform_order", "generation"))
+    without = ("transform_order", "generation", "generate_judged", "calibration", "tv_bounds")
+    assert bool(record.findings) == (name not in without)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -83,7 +84,7 @@ def test_config_is_frozen_and_its_defaults_are_json(name: str) -> None:
     assert json.loads(json.dumps(plain(config)))
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in tiny.APART])
 def test_progress_goes_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[float, str]] = []
     quick: dict[str, dict[str, Any]] = {
@@ -324,7 +325,9 @@ def test_a_planted_bug_fails_the_right_checks(name: str, plant: Plant, monkeypat
 
 
 def test_every_experiment_has_a_planted_bug() -> None:
-    assert {name for name, _ in CAUGHT} == set(NAMES)
+    assert {name for name, _ in CAUGHT} == set(NAMES) - set(tiny.APART)
+    for name in tiny.APART:
+        assert "planted" in Path(__file__).with_name(f"test_{name}.py").read_text(encoding="utf-8")
 
 
 def test_a_dtype_that_overflows_is_named_and_the_others_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -177,6 +177,15 @@ def test_default_draws_find_what_was_asked_for() -> None:
     assert fine.sequences > 3 * coarse.sequences
 
 
+@pytest.mark.parametrize("n", [1, 2, 3])
+@pytest.mark.parametrize("steps", [1, 3])
+def test_a_handful_of_rows_decides_nothing(n: int, steps: int) -> None:
+    result = check_sampler(MESampler(ENSEMBLE), ENSEMBLE, [[0], [1]], n=n, max_new_tokens=steps)
+    assert result.passed
+    assert result.tv_upper == 1
+    assert result.tv_lower == 0
+
+
 def test_progress_counts_every_sequence() -> None:
     seen: list[int] = []
     check_sampler(CESampler(ENSEMBLE), ENSEMBLE, [[0], [1]], n=300, progress=seen.append)
