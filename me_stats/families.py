@@ -192,7 +192,7 @@ class Tilts(Family):
         log_p, log_q = laws.log_p, {}
         for warp, _ in self.tilts:
             if warp not in log_q:
-                log_q[warp] = warp(laws.mixture).gather(-1, laws.tokens[:, None])[:, 0] - log_p
+                log_q[warp] = warp.at(laws.mixture, laws.tokens) - log_p
         shares = torch.tensor([share for _, share in self.tilts], dtype=log_p.dtype, device=log_p.device)
         moved = torch.stack([log_q[warp] for warp, _ in self.tilts], dim=-1)
         return torch.logaddexp(torch.log1p(-shares).expand_as(moved), shares.log() + moved)

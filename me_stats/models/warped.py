@@ -34,6 +34,15 @@ class Warp(ABC):
     @abstractmethod
     def __call__(self, log_probs: Tensor) -> Tensor: ...
 
+    def at(self, log_probs: Tensor, tokens: Tensor) -> Tensor:
+        """Transformed log-probabilities (B,) of one token each, without the rest of the law where that is cheaper.
+
+        >>> law = torch.tensor([[0.5, 0.3, 0.2]]).log()
+        >>> TopK(2).at(law, torch.tensor([1])).exp()
+        tensor([0.3750])
+        """
+        return self(log_probs).gather(-1, tokens[:, None])[:, 0]
+
 
 @dataclass(frozen=True)
 class Temperature(Warp):
@@ -58,6 +67,13 @@ class Temperature(Warp):
         # Subtracting the maximum first keeps a small τ from overflowing.
         return ((log_probs - top) / self.tau).log_softmax(-1)
 
+    def at(self, log_probs: Tensor, tokens: Tensor) -> Tensor:
+        if self.tau in (0, 1):
+            return super().at(log_probs, tokens)
+        scaled = (log_probs - log_probs.amax(-1, keepdim=True)).div_(self.tau)
+        chosen = scaled.gather(-1, tokens[:, None])[:, 0]
+        return chosen - scaled.exp_().sum(-1).log()
+
 
 @dataclass(frozen=True)
 class TopK(Warp):
@@ -78,6 +94,17 @@ class TopK(Warp):
             return log_probs
         smallest = log_probs.topk(self.k, dim=-1).values[..., -1:]
         return _keep(log_probs, log_probs >= smallest)
+
+    def at(self, log_probs: Tensor, tokens: Tensor) -> Tensor:
+        if self.k >= log_probs.shape[-1]:
+            return super().at(log_probs, tokens)
+        top = log_probs.topk(self.k, dim=-1).values
+        smallest = top[:, -1:]
+        # The mass of the first k, and of those tied with the last of them.
+        tied = (log_probs == smallest).sum(-1) - (top == smallest).sum(-1)
+        mass = top.exp().sum(-1) + tied * smallest[:, 0].exp()
+        chosen = log_probs.gather(-1, tokens[:, None])
+        return torch.where(chosen >= smallest, chosen, -math.inf)[:, 0] - mass.log()
 
 
 @dataclass(frozen=True)
@@ -128,6 +155,9 @@ class Greedy(Warp):
     def __call__(self, log_probs: Tensor) -> Tensor:
         best = log_probs.argmax(-1, keepdim=True)
         return torch.full_like(log_probs, -math.inf).scatter_(-1, best, 0.0)
+
+    def at(self, log_probs: Tensor, tokens: Tensor) -> Tensor:
+        return torch.where(log_probs.argmax(-1) == tokens, 0.0, -math.inf).to(log_probs.dtype)
 
 
 class Warped(LanguageModel):

@@ -115,6 +115,14 @@ def test_every_warp_gives_laws_and_revives_no_token(
 
 
 @given(warps, st.sampled_from(LAW_KINDS), st.integers(1, 9), seeds, dtypes)
+def test_one_token_has_its_place_in_the_law(warp: Warp, kind: str, size: int, seed: int, dtype: torch.dtype) -> None:
+    laws = torch.from_numpy(law_rows(kind, 1, size, seed)).to(dtype).log().expand(size, -1)
+    before, tokens = laws.clone(), torch.arange(size)
+    torch.testing.assert_close(warp.at(laws, tokens), warp(laws).diagonal(), rtol=1e-5, atol=1e-5)
+    assert torch.equal(laws, before)
+
+
+@given(warps, st.sampled_from(LAW_KINDS), st.integers(1, 9), seeds, dtypes)
 def test_token_numbers_do_not_matter(warp: Warp, kind: str, size: int, seed: int, dtype: torch.dtype) -> None:
     assume(not isinstance(warp, Greedy))  # which names the first of ties on purpose
     laws = torch.from_numpy(law_rows(kind, 5, size, seed)).to(dtype).log()
