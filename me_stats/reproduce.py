@@ -131,6 +131,15 @@ def _instruments(seed: int, *, quick: bool) -> list[Part]:
             "grid": ((256, (1000, 10_000, 100_000), 60), (50_257, (100_000,), 12)), "sequence_draws": (1000,),
             "sequence_runs": 60,
         },
+        "power": {
+            "mutants": (
+                "one component per sequence", "sticky component", "components in turn", "stale cache",
+                "weights off by five points", "top-k after mixing", "last token dropped", "random numbers reused",
+                "seed ignored", "zero-probability token drawn", "stops with the first row",
+            ),
+            "seeds": 3, "cap": 30_000, "rows": 600, "sibling_seeds": 2, "slow": False,
+        },
+        "power_one_step": {"grid": ((256, 10_000, 60), (50_257, 10_000, 12)), "sequence_runs": 4},
     }  # fmt: skip
     chosen = small if quick else {name: {} for name in small}
     return [Part(name, "", _config(name, seed=seed, **options)) for name, options in chosen.items()]

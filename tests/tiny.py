@@ -1,11 +1,16 @@
-"""A tiny run of every experiment, made once per process, for the tests of whatever reads records."""
+"""A tiny run of every experiment, made once, for the tests of whatever reads records."""
 
 from __future__ import annotations
 
 import dataclasses
+import os
+import tempfile
 from functools import cache
+from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from filelock import FileLock
 
 from me_stats import reproduce as job
 from me_stats.record import Record, config_key, plain
@@ -13,12 +18,12 @@ from me_stats.record import Record, config_key, plain
 OPTIONS: dict[str, dict[str, Any]] = {
     "toy_equivalence": {"shapes": ((2, 3, 3), (3, 2, 3)), "toys": 1},
     "per_step": {"prompts": 1, "draws": 20_000, "shift": 0.2, "margin": 0.05},
+    "certificate": {"rows": 4, "steps": 12, "component_draws": 400_000},
     "sequences": {"exact_cases": ((3, 3),), "rows": 64, "steps": 32, "coupled_rows": 4},
     "cache_floor": {"dtypes": ("float32", "bfloat16"), "lags": (1, 2, 4), "rows": 2, "steps": 12},
     "transform_order": {"rows": 4, "steps": 16},
     "generation": {"batches": (1, 64), "steps": 24, "repeats": 1},
-    "certificate": {"rows": 4, "steps": 12, "component_draws": 400_000},
-    "generate_judged": {"prompts": 1, "rows": 600, "assisted_rows": 40, "steps": 16},
+    "generate_judged": {"prompts": 1, "rows": 600, "assisted_rows": 30, "steps": 16},
     "calibration": {
         "runs": 450, "zipf_runs": 30, "sequence_runs": 48, "pool_rows": 96, "two_sample_runs": 12, "far_runs": 4000,
         "steps": 8,
@@ -26,10 +31,27 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tv_bounds": {
         "grid": ((64, (1000, 10_000), 120), (2000, (10_000,), 20)), "sequence_draws": (500,), "sequence_runs": 30,
     },
+    "power": {
+        "mutants": (
+            "one component per sequence", "sticky component", "stale cache at 5% of switches",
+            "zero-probability token drawn", "stops with the first row",
+        ),
+        "seeds": 3, "cap": 3000, "rows": 150, "sibling_seeds": 1, "slow": False, "repeats": 1, "points": 40,
+    },
+    "power_one_step": {
+        "grid": ((256, 10_000, 30), (3000, 2000, 10)), "sequence_runs": 3, "rows": 300, "steps": 24,
+    },
 }  # fmt: skip
 
 # Experiments whose planted bugs and progress have a test file of their own.
-APART = ("calibration", "tv_bounds", "certificate", "generate_judged")
+APART = {
+    "calibration": "test_calibration.py",
+    "tv_bounds": "test_tv_bounds.py",
+    "certificate": "test_certificate.py",
+    "generate_judged": "test_generate_judged.py",
+    "power": "test_power.py",
+    "power_one_step": "test_power.py",
+}
 
 
 def experiment(name: str) -> ModuleType:
@@ -44,9 +66,18 @@ def config(name: str, **changes: Any) -> Any:
 
 @cache
 def record(name: str) -> Record:
-    """What the tiny configuration of an experiment leaves behind."""
-    result: Record = _RUNS[name](config(name))
-    return result
+    """What the tiny configuration of an experiment leaves behind; workers of one test run share it."""
+    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
+    if run is None:
+        result: Record = _RUNS[name](config(name))
+        return result
+    folder = Path(tempfile.gettempdir()) / f"me_stats-tests-{run}"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}.json"
+    with FileLock(path.with_suffix(".lock")):
+        if not path.exists():
+            _RUNS[name](config(name)).save(path)
+        return Record.load(path)
 
 
 def stand_in(name: str, resolved: Any) -> Record:

@@ -138,7 +138,9 @@ class EnsembleSession:
 
     @property
     def cost(self) -> Cost:
-        return sum((session.cost for session in self.components), Cost())
+        # A mixing that runs a model of its own counts that too.
+        own: Cost = getattr(self.mixing, "cost", Cost())
+        return sum((session.cost for session in self.components), own)
 
     def append(self, rows: np.ndarray, tokens: Tensor) -> None:
         for session in self.components:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +17,15 @@ from me_stats.goodness import Portfolio
 from me_stats.record import Record, config_key
 from me_stats.report.markdown import report_markdown
 from me_stats.report.style import read_data
+from tests import tiny
 from tests.laws import zipf_pair
 
 calibration = job.load("experiments", "calibration")
-TINY = {
-    "runs": 450, "zipf_runs": 30, "sequence_runs": 48, "pool_rows": 96, "two_sample_runs": 12, "far_runs": 4000,
-    "steps": 8,
-}  # fmt: skip
+TINY = tiny.OPTIONS["calibration"]
 
 
-@cache
 def record() -> Record:
-    result: Record = calibration.run(calibration.Config(**TINY))
-    return result
+    return tiny.record("calibration")
 
 
 def failed(found: Record) -> list[str]:

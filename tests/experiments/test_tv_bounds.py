@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,23 +15,18 @@ from me_stats import reproduce as job
 from me_stats.record import Record, config_key
 from me_stats.report.markdown import report_markdown
 from me_stats.report.style import read_data
+from tests import tiny
 
 tv_bounds = job.load("experiments", "tv_bounds")
-TINY: dict[str, Any] = {
-    "grid": ((64, (1000, 10_000), 120), (2000, (10_000,), 20)),
-    "sequence_draws": (500,),
-    "sequence_runs": 30,
-}
+TINY = tiny.OPTIONS["tv_bounds"]
 
 
 # For planted errors, which show in one small case.
 SMALL: dict[str, Any] = TINY | {"grid": ((64, (1000, 10_000), 60),)}
 
 
-@cache
 def record() -> Record:
-    result: Record = tv_bounds.run(tv_bounds.Config(**TINY))
-    return result
+    return tiny.record("tv_bounds")
 
 
 def failed(found: Record) -> list[str]:
