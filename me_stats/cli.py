@@ -7,7 +7,6 @@ import os
 import shlex
 import sys
 from collections.abc import Callable, Sequence
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,8 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from me_stats import __version__, cli_models
+from me_stats import __version__, cli_models, cli_sweep, cli_weights
+from me_stats.cli_options import Dtype, check_device, check_out
 
 if TYPE_CHECKING:
     from me_stats.record import Record
@@ -31,19 +31,15 @@ app = typer.Typer(
     add_completion=False,
 )
 app.add_typer(cli_models.app, name="models")
+app.command(cli_weights.NAME)(cli_weights.fit_lambda)
+app.command()(cli_sweep.sweep)
 
+# Options that take several values after one name.
+_REPEATED = ("--models", "--only", "--text", "--domain", "--prompt")
 OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 
 # Usage errors of the click that typer carries within it or, in older versions, stands on.
 _UsageError: Any = typer.BadParameter.__base__
-
-
-class Dtype(StrEnum):
-    """Precisions that ``--dtype`` takes."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def _version(value: bool) -> None:
@@ -101,8 +97,8 @@ def reproduce(
     from me_stats import reproduce as job
 
     console = Console(stderr=True)
-    _check_out(out)
-    _check_device(device)
+    check_out(out)
+    check_device(device)
     parts = job.plan(quick=quick, models=models, dtype=dtype.value, device=device, seed=seed)
     if only:
         unknown = sorted(set(only) - {part.name for part in parts})
@@ -146,7 +142,7 @@ def report(
     if not paths:
         raise ValueError(f"{records} holds no records; run 'me-stats reproduce' first")
     loaded = _in_order([Record.load(path) for path in paths])
-    _check_out(out)
+    check_out(out)
     for record in loaded:
         record.save(out / "records" / f"{record.name}.json")
     page, drawn = _write(loaded, out, figures)
@@ -258,27 +254,6 @@ def _pull_missing(parts: Sequence[Part], console: Console) -> None:
         catalog.resolve(name)
 
 
-def _check_out(out: Path) -> None:
-    """Fail before any work if the results could not be written."""
-    folder = out / "records"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write to {out}: {error.strerror}; choose another --out") from error
-
-
-def _check_device(device: str) -> None:
-    import torch
-
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
-
-
 def _spread(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
     """``--models A B`` as ``--models A --models B``, which is how the parser wants repeated values.
 
@@ -298,7 +273,7 @@ def _spread(arguments: Sequence[str], options: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line; bad input ends in one line and exit code 2, never in a traceback."""
-    given = _spread(list(sys.argv[1:] if arguments is None else arguments), ["--models", "--only"])
+    given = _spread(list(sys.argv[1:] if arguments is None else arguments), _REPEATED)
     # Loading bars of transformers would be drawn into our own; tqdm reads this when it is first imported.
     os.environ.setdefault("TQDM_DISABLE", "1")
     try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,6 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from me_stats.cli_options import Dtype, open_models
+
 if TYPE_CHECKING:
     from me_stats.corpus import CorpusScores, Document
     from me_stats.presets import Setting
@@ -20,14 +23,6 @@ if TYPE_CHECKING:
     from me_stats.weights import WeightFit
 
 NAME = "fit-lambda"
-
-
-class Dtype(StrEnum):
-    """Precisions that ``--dtype`` takes."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 class Split(StrEnum):
@@ -80,16 +75,13 @@ def fit_lambda(
       me-stats fit-lambda --models bundled:prose bundled:code --text notes.txt
       me-stats fit-lambda --models bundled:prose bundled:code --domain prose=notes.txt code=main.py --out lambda
     """
-    from me_stats import cli
-    from me_stats.presets import open_setting
     from me_stats.record import environment, plain, write_atomically
     from me_stats.transfer import cross_validate, fit_by_domain
 
     console = Console(stderr=True)
     sources = _sources(text or [], domain or [])
     out.mkdir(parents=True, exist_ok=True)
-    cli._check_device(device)
-    setting = open_setting(models, dtype=dtype.value, device=device)
+    setting = open_models(models, device=device, dtype=dtype, say=partial(_say, console))
     scores = _score(setting, sources, split, window, out / "scores", console)
     by_domain = fit_by_domain(scores)
     usable = int((scores.lengths > 0).sum())

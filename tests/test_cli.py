@@ -41,7 +41,15 @@ def test_module_runs_as_a_program(argument: str, expected: str) -> None:
 
 @pytest.mark.parametrize(
     "command",
-    [("reproduce",), ("report",), ("models", "list"), ("models", "pull"), ("models", "path")],
+    [
+        ("reproduce",),
+        ("report",),
+        ("fit-lambda",),
+        ("sweep",),
+        ("models", "list"),
+        ("models", "pull"),
+        ("models", "path"),
+    ],
     ids=" ".join,
 )
 def test_help_of_every_command_has_an_example(run: Run, command: tuple[str, ...]) -> None:
@@ -52,8 +60,9 @@ def test_help_of_every_command_has_an_example(run: Run, command: tuple[str, ...]
 
 
 def test_every_command_is_in_the_help(run: Run) -> None:
-    commands = {command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None}
-    assert commands == {"reproduce", "report"}
+    functions = {command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None}
+    commands = {name.replace("_", "-") for name in functions}
+    assert commands == {"reproduce", "report", "fit-lambda", "sweep"}
     text = run("--help").out
     assert all(name in text for name in (*commands, "models"))
 
@@ -312,8 +321,8 @@ def test_the_command_beside_a_record_makes_it_again(
 
     monkeypatch.setattr(job, "run_part", run_part)
     monkeypatch.setattr(job, "finished", lambda *_: None)
-    monkeypatch.setattr(cli, "_check_device", lambda device: None)
-    monkeypatch.setattr(cli, "_check_out", lambda out: None)
+    monkeypatch.setattr(cli, "check_device", lambda device: None)
+    monkeypatch.setattr(cli, "check_out", lambda out: None)
     monkeypatch.setattr(cli, "_pull_missing", lambda *_: None)
     with pytest.raises(SystemExit):
         cli.main(shell.split()[1:])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import pydoc_data.topics
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,6 @@ from me_stats.report.style import read_data
 from tests.commands import Run
 
 MODELS = ("--models", "bundled:prose", "--models", "bundled:code")
-
-
-@pytest.fixture(autouse=True)
-def registered(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The command under its name, whether or not the program has it."""
-    before = list(cli.app.registered_commands)
-    if not any(command.callback is cli_weights.fit_lambda for command in before):
-        cli.app.command(cli_weights.NAME)(cli_weights.fit_lambda)
-    yield
-    cli.app.registered_commands[:] = before
 
 
 @pytest.fixture

@@ -1,0 +1,65 @@
+"""What the commands share: options, and checks of them that come before any work."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from me_stats.presets import Setting
+
+
+class Dtype(StrEnum):
+    """Precisions that ``--dtype`` takes."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+def check_out(out: Path, folder: str = "records") -> None:
+    """OSError before any work if the results could not be written to `folder` in `out`."""
+    path = out / folder
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        probe = path / ".writable"
+        probe.write_bytes(b"")
+        probe.unlink()
+    except OSError as error:
+        raise OSError(error.errno, f"cannot write to {out}: {error.strerror}; choose another --out") from error
+
+
+def check_device(device: str) -> None:
+    """ValueError with the reason if there is no such device."""
+    import torch
+
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+
+
+def open_models(
+    models: Sequence[str],
+    *,
+    weights: Sequence[float] | None = None,
+    device: str,
+    dtype: Dtype,
+    say: Callable[[str], None],
+) -> Setting:
+    """The ensemble of ``--models``; catalog names that are not on this machine are pulled first, which `say` tells."""
+    import torch
+
+    from me_stats.models import catalog
+    from me_stats.presets import open_setting
+
+    check_device(device)
+    for name in dict.fromkeys(models):
+        if name in catalog.CATALOG and not catalog.pulled(name):
+            catalog.pull(name, progress=say)
+        catalog.resolve(name)
+    if torch.device(device).type == "cpu" and all(name.startswith("bundled:") for name in models):
+        torch.set_num_threads(1)  # several threads gain nothing on tiny models
+    return open_setting(models, weights=weights, dtype=dtype.value, device=device)
