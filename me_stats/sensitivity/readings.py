@@ -109,6 +109,7 @@ def forwards_per_token(weights: Weights, lengths: Floats) -> float:
 
 
 def checked_weights(weights: Sequence[float], n_components: int, name: str) -> Weights:
+    """`weights` (K,) on the simplex, or a ValueError that calls them `name`."""
     try:
         values = tuple(ConstantMixing(np.asarray(weights, dtype=np.float64)).weights.tolist())
     except ValueError as error:
@@ -119,6 +120,7 @@ def checked_weights(weights: Sequence[float], n_components: int, name: str) -> W
 
 
 def checked_corpus(log_probs: ArrayLike, n_components: int) -> Floats:
+    """Component log-probabilities (n, K), or a ValueError."""
     scores = np.asarray(log_probs, dtype=np.float64)
     if scores.ndim != 2 or scores.shape[1] != n_components or len(scores) < 2:
         raise ValueError(
