@@ -90,7 +90,7 @@ def test_scripts_have_docstrings(folder: str) -> None:
 # Documents
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/testing.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/testing.md", "docs/mixing.md"])
 def test_python_in_documents_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = ROOT / name
     blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -111,7 +111,7 @@ def test_a_verdict_takes_fewer_than_fifteen_lines() -> None:
     assert "check_sampler(my_sampler" in first[1]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "paper_repro.md", "docs/testing.md"])
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "paper_repro.md", "docs/testing.md", "docs/mixing.md"])
 def test_links_of_documents_lead_somewhere(name: str) -> None:
     path = ROOT / name
     if not path.exists():
@@ -130,7 +130,7 @@ def test_commands_in_the_readme_parse(capsys: pytest.CaptureFixture[str]) -> Non
     commands = set(re.findall(r"`me-stats ([^`]+)`", text))
     assert commands
     for command in commands:
-        words = cli._spread(command.split(), ["--models", "--only"])
+        words = cli._spread(command.split(), ["--models", "--only", "--text"])
         subcommand = [word for word in words if not word.startswith("-")][:1]
         with pytest.raises(SystemExit) as stop:
             cli.main([*subcommand, "--help"])
