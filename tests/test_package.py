@@ -89,8 +89,10 @@ def test_scripts_have_docstrings(folder: str) -> None:
 
 # Documents
 
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/testing.md", "docs/mixing.md")
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "docs/testing.md", "docs/mixing.md"])
+
+@pytest.mark.parametrize("name", DOCUMENTS)
 def test_python_in_documents_runs(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = ROOT / name
     blocks = re.findall(r"^```python\n(.*?)^```$", path.read_text(encoding="utf-8"), flags=re.M | re.S)
@@ -111,7 +113,7 @@ def test_a_verdict_takes_fewer_than_fifteen_lines() -> None:
     assert "check_sampler(my_sampler" in first[1]
 
 
-@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "paper_repro.md", "docs/testing.md", "docs/mixing.md"])
+@pytest.mark.parametrize("name", [*DOCUMENTS, "paper_repro.md"])
 def test_links_of_documents_lead_somewhere(name: str) -> None:
     path = ROOT / name
     if not path.exists():
