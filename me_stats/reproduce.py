@@ -102,7 +102,12 @@ def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
         "cache_floor": {"rows": 4, "steps": 64},
         "transform_order": {"rows": 8},
         "generation": {"repeats": 1},
-    }
+        "weights": {"text_bytes": 8000, "document_bytes": 500, "runs": 100, "solver_tokens": 100_000},
+        "sensitivity": {
+            "toys": 3, "toy_rows": 3000, "points": 5, "rows": 16, "steps": 24, "text_bytes": 8000,
+            "document_bytes": 500, "triangle": 5, "triangle_rows": 600,
+        },
+    }  # fmt: skip
     chosen = small if quick else {name: {} for name in small}
     return [_part(name, "siblings", SIBLINGS, where, **options) for name, options in chosen.items()]
 
@@ -197,6 +202,8 @@ ORDER = (
     "cache_floor",
     "transform_order",
     "generation",
+    "weights",
+    "sensitivity",
     "generate_judged",
     "calibration",
     "tv_bounds",

@@ -18,7 +18,8 @@ from me_stats.record import Record, Recorder
 from tests import tiny
 
 EXPERIMENTS = list(tiny.OPTIONS)
-ON_MODELS, ON_TESTS = EXPERIMENTS[1:7], EXPERIMENTS[7:]  # after the toys: what runs on any models, what tests our tests
+# After the toys: what runs on any models, what runs on the siblings alone, what tests our tests.
+ON_MODELS, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:7], EXPERIMENTS[7:9], EXPERIMENTS[9:]
 
 
 def silent(fraction: float, note: str) -> None:
@@ -59,7 +60,7 @@ def main(*arguments: str) -> int:
 def test_quick_plan_needs_no_download() -> None:
     parts = job.plan(quick=True)
     assert [part.experiment for part in parts] == list(job.ORDER) == EXPERIMENTS
-    names = ["toy_equivalence", *(f"{name}-siblings" for name in ON_MODELS), *ON_TESTS]
+    names = ["toy_equivalence", *(f"{name}-siblings" for name in (*ON_MODELS, *ON_SIBLINGS)), *ON_TESTS]
     assert [part.name for part in parts] == names
     assert {part.config.models for part in parts if hasattr(part.config, "models")} == {SIBLINGS}
 

@@ -23,6 +23,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "cache_floor": {"dtypes": ("float32", "bfloat16"), "lags": (1, 2, 4), "rows": 2, "steps": 12},
     "transform_order": {"rows": 4, "steps": 16},
     "generation": {"batches": (1, 64), "steps": 24, "repeats": 1},
+    "weights": {
+        "text_bytes": 3000, "document_bytes": 300, "runs": 60, "run_tokens": 1000, "solver_tokens": 20_000,
+    },
+    "sensitivity": {
+        "toys": 2, "toy_rows": 1500, "points": 5, "rows": 8, "steps": 12, "text_bytes": 3000, "document_bytes": 300,
+        "triangle": 4, "triangle_rows": 400,
+    },
     "generate_judged": {"prompts": 1, "rows": 600, "assisted_rows": 30, "steps": 16},
     "calibration": {
         "runs": 450, "zipf_runs": 30, "sequence_runs": 48, "pool_rows": 96, "two_sample_runs": 12, "far_runs": 4000,
@@ -51,6 +58,8 @@ APART = {
     "generate_judged": "test_generate_judged.py",
     "power": "test_power.py",
     "power_one_step": "test_power.py",
+    "weights": "test_weights_experiment.py",
+    "sensitivity": "test_sensitivity_experiment.py",
 }
 
 

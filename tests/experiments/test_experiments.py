@@ -73,6 +73,7 @@ def test_findings_say_how_far_to_trust_them(name: str) -> None:
     without = (
         "transform_order",
         "generation",
+        "sensitivity",
         "generate_judged",
         "calibration",
         "tv_bounds",
