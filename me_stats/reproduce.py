@@ -107,6 +107,10 @@ def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
             "toys": 3, "toy_rows": 3000, "points": 5, "rows": 16, "steps": 24, "text_bytes": 8000,
             "document_bytes": 500, "triangle": 5, "triangle_rows": 600,
         },
+        "routers": {
+            "longest": 512, "epochs": 16, "width": 16, "betas": (0.0, 0.05, 1.0), "first": 4000, "diverse_rows": 16,
+            "diverse_steps": 48,
+        },
     }  # fmt: skip
     chosen = small if quick else {name: {} for name in small}
     return [_part(name, "siblings", SIBLINGS, where, **options) for name, options in chosen.items()]
@@ -151,8 +155,9 @@ def _instruments(seed: int, *, quick: bool) -> list[Part]:
 
 
 def _part(name: str, tag: str, models: Sequence[str], where: dict[str, Any], **options: Any) -> Part:
-    # The cache floor is measured in every dtype, so it takes no dtype of its own.
-    known = {k: v for k, v in where.items() if not (name == "cache_floor" and k == "dtype")}
+    # Not all take everything: the cache floor is measured in every dtype, so it has none of its own.
+    taken = {field.name for field in dataclasses.fields(load("experiments", name).Config)}
+    known = {option: value for option, value in where.items() if option in taken}
     return Part(name, tag, _config(name, models=tuple(models), **known, **options))
 
 
@@ -204,6 +209,7 @@ ORDER = (
     "generation",
     "weights",
     "sensitivity",
+    "routers",
     "generate_judged",
     "calibration",
     "tv_bounds",

@@ -129,7 +129,7 @@ def cross_validate(scores: CorpusScores, *, folds: int = 5, seed: int = 0, confi
     comparisons = []
     for name, rival in rivals.items():
         own = document_nll(scores, rival)
-        difference, low, high = _paired(own[usable], losses[usable], scores.lengths[usable], confidence)
+        difference, low, high = paired_difference(own[usable], losses[usable], scores.lengths[usable], confidence)
         comparisons.append(Comparison(name, float(own.sum()) / scores.n, difference, (low, high), len(usable)))
     total, n_bytes = float(losses.sum()), int(scores.bytes.sum(dtype=np.int64))
     return CrossValidation(
@@ -155,7 +155,7 @@ def fit_by_domain(scores: CorpusScores, *, confidence: float = 0.95) -> DomainFi
         for i, name in enumerate(names):
             losses = own if i == j else document_nll(part, fits[name].weights)
             nll[i, j] = losses.sum() / part.n
-            excess[i, j], *intervals[i, j] = _paired(losses, own, part.lengths, confidence)
+            excess[i, j], *intervals[i, j] = paired_difference(losses, own, part.lengths, confidence)
     return DomainFits(fits, fit_documents(scores, confidence=confidence), names, nll, excess, intervals, confidence)
 
 
@@ -166,7 +166,9 @@ def fit_documents(scores: CorpusScores, *, confidence: float = 0.95) -> WeightFi
     return fit_weights(scores.log_probs, groups=groups, confidence=confidence, n_bytes=n_bytes or None)
 
 
-def _paired(losses: Floats, own: Floats, lengths: np.ndarray, confidence: float) -> tuple[float, float, float]:
+def paired_difference(
+    losses: Floats, own: Floats, lengths: np.ndarray, confidence: float
+) -> tuple[float, float, float]:
     """Mean difference a token and its interval; infinite losses give an infinite difference, equal ones none."""
     with np.errstate(invalid="ignore"):
         differences = losses - own

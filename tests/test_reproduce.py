@@ -19,7 +19,7 @@ from tests import tiny
 
 EXPERIMENTS = list(tiny.OPTIONS)
 # After the toys: what runs on any models, what runs on the siblings alone, what tests our tests.
-ON_MODELS, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:7], EXPERIMENTS[7:9], EXPERIMENTS[9:]
+ON_MODELS, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:7], EXPERIMENTS[7:10], EXPERIMENTS[10:]
 
 
 def silent(fraction: float, note: str) -> None:

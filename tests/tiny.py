@@ -30,6 +30,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "toys": 2, "toy_rows": 1500, "points": 5, "rows": 8, "steps": 12, "text_bytes": 3000, "document_bytes": 300,
         "triangle": 4, "triangle_rows": 400,
     },
+    "routers": {
+        "documents": 96, "longest": 448, "epochs": 16, "width": 16, "betas": (0.0, 0.05, 1.0), "prompts": 1,
+        "rows": 200, "steps": 16, "first": 2000, "diverse_rows": 4, "diverse_steps": 12, "shown": 160,
+    },
     "generate_judged": {"prompts": 1, "rows": 600, "assisted_rows": 30, "steps": 16},
     "calibration": {
         "runs": 450, "zipf_runs": 30, "sequence_runs": 48, "pool_rows": 96, "two_sample_runs": 12, "far_runs": 4000,
@@ -60,6 +64,7 @@ APART = {
     "power_one_step": "test_power.py",
     "weights": "test_weights_experiment.py",
     "sensitivity": "test_sensitivity_experiment.py",
+    "routers": "test_routers.py",
 }
 
 
