@@ -125,6 +125,7 @@ def _language_models(models: Sequence[str], where: dict[str, Any]) -> list[Part]
         "cache_floor": {"rows": 4, "steps": 48, "lags": (1, 4, 16)},
         "transform_order": {"rows": 8, "steps": 32},
         "generation": {"steps": 16},
+        "weights": {"text_bytes": 3000, "document_bytes": 300, "runs": 0},
     }
     return [_part(name, tag, tuple(models), where, **options) for name, options in chosen.items()]
 

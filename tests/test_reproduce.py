@@ -69,7 +69,7 @@ def test_default_plan_adds_the_language_model() -> None:
     parts = job.plan()
     added = [part for part in parts if part.tag == "smollm2-135m"]
     assert [part.name for part in parts if part not in added] == [part.name for part in job.plan(quick=True)]
-    assert [part.experiment for part in added] == ON_MODELS
+    assert [part.experiment for part in added] == [*ON_MODELS, "weights"]
     assert {part.config.models for part in added} == {job.LANGUAGE_MODEL}
 
 

@@ -229,6 +229,14 @@ def test_components_that_were_not_made_for_the_domains_refute_nothing() -> None:
     assert weights._verdict(True, 0.1, 0.01, specialised=False)["verdict"] == "reproduced at small scale"
 
 
+def test_one_model_under_two_prompts_states_its_weights_without_a_verdict() -> None:
+    found = run(models=("bundled:prose",), runs=0)
+    assert not found.findings
+    stated = [name for name in found.checks if "under 2 prompts" in name]
+    assert len(stated) == 1
+    assert "seen to move" in stated[0]
+
+
 def test_one_model_under_two_prompts_or_three_models_have_names() -> None:
     assert weights.component_names(SIBLINGS, 2) == ["prose", "code"]
     assert weights.component_names(("smollm2-135m",), 2) == ["prompt 1", "prompt 2"]
