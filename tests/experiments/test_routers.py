@@ -151,7 +151,6 @@ def test_routers_that_learn_from_shuffled_scores_fail_c12(monkeypatch: pytest.Mo
     assert len(gains) == 3
     # On little text of another Python an interval may hold both answers; none may show a gain.
     assert not any(finding.verdict == "reproduced at small scale" for finding in gains)
-    assert all(finding.verdict == "refuted as stated" for finding in gains)
     assert seen == sorted(seen)
     assert 0 <= seen[0] < seen[-1] <= 1
 
