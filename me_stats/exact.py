@@ -46,6 +46,11 @@ class SequenceLaw:
         return cls(distinct[kept], np.log(mass[kept]))
 
     @property
+    def rows(self) -> list[list[int]]:
+        """The sequences without what stands after their end."""
+        return [[token for token in row if token >= 0] for row in self.sequences.tolist()]
+
+    @property
     def total(self) -> float:
         """Sum of all probabilities: 1 up to rounding."""
         return float(np.exp(self.log_probs).sum())

@@ -182,7 +182,7 @@ def exact_split(
             "F given m is no product of components; use pick_freeze, which freezes the uniforms"
         )
     law = sequence_law(ensemble, prompt, max_new_tokens=max_new_tokens)
-    rows = [[token for token in row if token >= 0] for row in law.sequences.tolist()]
+    rows = law.rows
     values = _finite([f(row) for row in rows])
     weights = ensemble.mixing.weights.numpy()
     used = np.flatnonzero(weights > 0)

@@ -234,3 +234,9 @@ def test_a_sampler_without_choices_has_one_path() -> None:
     law = sampler_law(CESampler(fixed), [0], max_new_tokens=5)
     assert law.sequences.tolist() == [[1, 2, 0, 1, 2]]
     assert law.log_probs.tolist() == [0.0]
+
+
+def test_rows_end_where_their_sequences_do() -> None:
+    law = sequence_law(TableModel([[0.5, 0.5]], order=0, eos=(1,)), [], max_new_tokens=2)
+    assert law.rows == [[0, 0], [0, 1], [1]]
+    assert [len(row) for row in law.rows] == (law.sequences >= 0).sum(1).tolist()

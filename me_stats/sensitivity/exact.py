@@ -57,7 +57,7 @@ class ExpectationPolynomial:
         """
         even = Ensemble(components, ConstantMixing(np.full(len(components), 1 / max(1, len(components)))))
         law = sequence_law(even, prompt, max_new_tokens=max_new_tokens)
-        rows = [[token for token in row if token >= 0] for row in law.sequences.tolist()]
+        rows = law.rows
         values = np.array([float(f(row)) for row in rows])
         if not np.isfinite(values).all():
             raise ValueError("f must be finite on every continuation that some component can write")

@@ -314,7 +314,7 @@ def _departure(n: int, level: float) -> float:
 
 
 def _probabilities(law: SequenceLaw) -> dict[tuple[int, ...], float]:
-    return dict(zip(_tuples(law.sequences), np.exp(law.log_probs).tolist(), strict=True))
+    return dict(zip(map(tuple, law.rows), np.exp(law.log_probs).tolist(), strict=True))
 
 
 def _tuples(rows: np.ndarray) -> list[tuple[int, ...]]:

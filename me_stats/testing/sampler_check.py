@@ -135,17 +135,9 @@ def check_sampler(
 
 def _check_law(source: Source, law: SequenceLaw, n: int, level: float, floor: float) -> CheckResult:
     rows = source.draw(n)
-    width = max([law.sequences.shape[1], *map(len, rows)])
-    grid = np.full((len(rows), width), -1, dtype=np.int64)
-    for row, tokens in zip(grid, rows, strict=True):
-        row[: len(tokens)] = tokens
-    known = np.pad(law.sequences, ((0, 0), (0, width - law.sequences.shape[1])), constant_values=-1)
     # One cell for every continuation of positive probability, and one for all that the law excludes.
-    _, place = np.unique(np.concatenate([known, grid]), axis=0, return_inverse=True)
-    place = place.reshape(-1)
-    cell = np.full(int(place.max()) + 1, len(known))
-    cell[place[: len(known)]] = np.arange(len(known))
-    drawn = cell[place[len(known) :]]
+    cell = {tuple(row): place for place, row in enumerate(law.rows)}
+    drawn = np.array([cell.get(tuple(row), len(cell)) for row in rows])
     log_p = np.append(law.log_probs - math.log(law.total), -math.inf)
     p = np.exp(log_p)
     counts = np.bincount(drawn, minlength=len(log_p))
