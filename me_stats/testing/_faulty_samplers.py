@@ -125,23 +125,6 @@ class Endless(LanguageModel):
 # --- wrong component paths -----------------------------------------------------------------------------------------
 
 
-class StickySampler(MESampler):
-    """Keeps the last component with probability 1/2, and draws a fresh one otherwise."""
-
-    def _components(
-        self, log_weights: Tensor, rows: np.ndarray, positions: np.ndarray, step: int, draw: Draw,
-        memory: dict[str, Any],
-    ) -> np.ndarray:  # fmt: skip
-        # One draw from the mixed law: a coin of its own would need another random stream.
-        law = log_weights.exp()
-        if step:
-            last = torch.from_numpy(memory["last"][positions])
-            law = (law + torch.nn.functional.one_hot(last, law.shape[-1])) / 2
-        drawn = draw(law.log(), rows, step, stream="component").cpu().numpy()
-        memory.setdefault("last", np.zeros(len(positions), dtype=np.int64))[positions] = drawn
-        return drawn
-
-
 class RoundRobinSampler(MESampler):
     """Draws the first component of a row, and takes the others in turn."""
 

@@ -30,6 +30,7 @@ from me_stats.models.base import LanguageModel
 from me_stats.models.ensemble import Ensemble
 from me_stats.models.toy import TableModel
 from me_stats.models.warped import Greedy, Temperature, TopK, TopP, Warp, Warped
+from me_stats.routers.controls import StickySampler
 from me_stats.samplers import CESampler, MESampler, Sampler, SequenceMixtureSampler
 from me_stats.testing import _faulty_samplers as samplers
 from me_stats.testing import _faulty_sessions as sessions
@@ -274,7 +275,7 @@ _ALL = (
         "The last component is kept with probability 1/2, to save switches of the cache.",
         "dependence",
         _itself,
-        samplers.StickySampler,
+        StickySampler,
     ),
     Mutant(
         "components in turn",
