@@ -263,6 +263,11 @@ def plain(value: Any) -> Any:
     return value
 
 
+def experiment_of(name: str) -> str:
+    """The experiment of a record's name, which may end in a tag: ``per_step-siblings``."""
+    return name.split("-")[0]
+
+
 def load_records(paths: Sequence[Path]) -> dict[str, Record]:
     """Records by name."""
     records = [Record.load(path) for path in paths]

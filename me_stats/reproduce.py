@@ -17,7 +17,8 @@ from types import ModuleType
 from typing import Any
 
 from me_stats.presets import SIBLINGS
-from me_stats.record import Record, config_key
+from me_stats.record import Record, config_key, experiment_of
+from me_stats.report import ABOUT_TESTS
 
 # The real language model that a full run takes along, under two system prompts.
 LANGUAGE_MODEL = ("smollm2-135m",)
@@ -211,17 +212,8 @@ ORDER = (
     "weights",
     "sensitivity",
     "routers",
-    "generate_judged",
-    "calibration",
-    "tv_bounds",
-    "power",
-    "power_one_step",
+    *ABOUT_TESTS,
 )
-
-
-def experiment_of(name: str) -> str:
-    """The experiment of a record's name, which may end in a tag: ``per_step-siblings``."""
-    return name.split("-")[0]
 
 
 def rank(name: str) -> int:

@@ -14,13 +14,15 @@ from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal
 from pathlib import Path
 
 from me_stats.claims import CLAIMS, verdict
-from me_stats.record import Finding, Record
+from me_stats.record import Finding, Record, experiment_of
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # A number in scientific notation that stands alone, and too short to be a hash such as 7e21468.
 _SCIENTIFIC = re.compile(r"(?<![\w.])(\d(?:\.\d+)?)[eE]([+-]?\d{1,3})(?!\w|\.\d)")
 _IMAGES = (".png", ".svg")
-_ABOUT_TESTS = ("calibration", "tv_bounds", "power", "power_one_step", "generate_judged")
+
+ABOUT_TESTS = ("generate_judged", "calibration", "tv_bounds", "power", "power_one_step")
+"""Experiments that say how far the tests can be trusted, in the order of the report."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def checks(record: Record) -> dict[str, bool]:
 def sections(records: Iterable[Record]) -> tuple[tuple[str, tuple[Record, ...]], ...]:
     """(heading, records) of the records that bear on no claim: measurements, then what shows how good our tests are."""
     others = [record for record in records if not record.findings]
-    about_tests = tuple(record for record in others if record.name.split("-")[0] in _ABOUT_TESTS)
+    about_tests = tuple(record for record in others if experiment_of(record.name) in ABOUT_TESTS)
     parts = (
         ("Other experiments", tuple(record for record in others if record not in about_tests)),
         ("How far the tests can be trusted", about_tests),
