@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from me_stats import __version__, cli_models, cli_router, cli_sweep, cli_weights
-from me_stats.cli_options import Dtype, check_device, check_out
+from me_stats.cli_options import Device, Dtype, Precision, check_device, check_out, say
 
 if TYPE_CHECKING:
     from me_stats.record import Record
@@ -75,8 +75,8 @@ def reproduce(
     only: Annotated[
         list[str] | None, typer.Option(metavar="PART ...", help="Only these parts (names as in the report).")
     ] = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the models' weights.")] = Dtype.float32,
+    device: Device = "cpu",
+    dtype: Precision = Dtype.float32,
     seed: Annotated[int, typer.Option(min=0, help="Keys every random number of the run.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the records, figures and the report.")] = Path("report"),
     fresh: Annotated[bool, typer.Option("--fresh", help="Do all parts again, also finished ones.")] = False,
@@ -118,7 +118,7 @@ def reproduce(
     for name, check in failed:
         console.print(f"[bold red]check failed[/] {escape(f'{name}: {check}')}", highlight=False, soft_wrap=True)
     checks = sum(len(record.checks) for record in records)
-    _say(console, f"{checks - len(failed)} of {checks} checks held. Report: {page}")
+    say(console, f"{checks - len(failed)} of {checks} checks held. Report: {page}")
     if failed:
         raise typer.Exit(CHECK_FAILED)
 
@@ -175,12 +175,12 @@ def _run(parts: Sequence[Part], folder: Path, fresh: bool, console: Console) -> 
             bar.update(task, completed=i, part=f"{i + 1}/{len(parts)} {part.name}", note="")
             if record is None:
                 if not console.is_terminal:
-                    _say(console, f"{i + 1}/{len(parts)} {part.name} ...")
+                    say(console, f"{i + 1}/{len(parts)} {part.name} ...")
                 try:
                     record = job.run_part(part, folder, _reporter(bar.update, task, i))
                 except KeyboardInterrupt:
                     bar.stop()
-                    _say(
+                    say(
                         console,
                         f"\ninterrupted: {len(done)} finished parts are kept in {folder}; "
                         "the same command goes on from there",
@@ -192,11 +192,6 @@ def _run(parts: Sequence[Part], folder: Path, fresh: bool, console: Console) -> 
                 console.print(f"[green]✓[/] {escape(part.name)}  done before", highlight=False, soft_wrap=True)
             done.append(record)
     return done
-
-
-def _say(console: Console, line: str) -> None:
-    """A line for people, in which a bracket is a bracket and which is broken nowhere."""
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def _reporter(update: Callable[..., None], task: object, base: int) -> Callable[[float, str], None]:
@@ -251,7 +246,7 @@ def _pull_missing(parts: Sequence[Part], console: Console) -> None:
     for name in dict.fromkeys(name for part in parts for name in getattr(part.config, "models", ())):
         if name in catalog.CATALOG and not catalog.pulled(name):
             with console.status(f"pulling {name}"):
-                catalog.pull(name, progress=partial(_say, console))
+                catalog.pull(name, progress=partial(say, console))
         catalog.resolve(name)
 
 

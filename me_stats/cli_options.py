@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
 
 if TYPE_CHECKING:
     from me_stats.presets import Setting
@@ -19,8 +22,28 @@ class Dtype(StrEnum):
     float16 = "float16"
 
 
+Models = Annotated[
+    list[str],
+    typer.Option(
+        "--models",
+        metavar="A B ...",
+        help="Catalog names, folders or hub ids over one vocabulary; a single model runs under two system prompts.",
+    ),
+]
+Window = Annotated[
+    int | None, typer.Option(min=2, help="Tokens of context that a model sees; default: all it can, at most 4096.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")]
+Precision = Annotated[Dtype, typer.Option(help="Precision of the models' weights.")]
+
+
+def say(console: Console, line: str) -> None:
+    """A line for people, in which a bracket is a bracket and which is broken nowhere."""
+    console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
 def check_out(out: Path, folder: str = "records") -> None:
-    """OSError before any work if the results could not be written to `folder` in `out`."""
+    """OSError before any work if the results could not be written to `folder` in `out`; ``""`` is `out` itself."""
     path = out / folder
     try:
         path.mkdir(parents=True, exist_ok=True)

@@ -14,8 +14,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from me_stats.cli_options import Dtype, open_models
-from me_stats.cli_weights import Split, _identity, _say, _score, _sources, component_labels
+from me_stats.cli_options import Device, Dtype, Models, Precision, Window, open_models, say
+from me_stats.cli_text import Split, component_labels, identity, score_sources, sources_of
 
 if TYPE_CHECKING:
     from me_stats.corpus import CorpusScores
@@ -35,14 +35,7 @@ class Kind(StrEnum):
 
 
 def train_router(
-    models: Annotated[
-        list[str],
-        typer.Option(
-            "--models",
-            metavar="A B ...",
-            help="Catalog names, folders or hub ids over one vocabulary; a single model runs under two system prompts.",
-        ),
-    ],
+    models: Models,
     text: Annotated[
         list[Path] | None,
         typer.Option("--text", metavar="FILE ...", help="UTF-8 text or .jsonl files to learn from and judge on."),
@@ -58,12 +51,10 @@ def train_router(
     epochs: Annotated[
         int, typer.Option(min=1, help="Most passes over the text; training stops when it stops helping.")
     ] = 30,
-    window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of context that a model sees; default: all it can, at most 4096.")
-    ] = None,
+    window: Window = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys the split of the documents and the training.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the models' weights.")] = Dtype.float32,
+    device: Device = "cpu",
+    dtype: Precision = Dtype.float32,
 ) -> None:
     """Train a router: mixing weights that depend on what has been written, for ME to draw from and CE to sum.
 
@@ -83,17 +74,17 @@ def train_router(
     console = Console(stderr=True)
     if not 0 < validation < 0.5:
         raise ValueError(f"--validation must lie between 0 and 0.5, got {validation:g}: it is held out twice")
-    sources = _sources(text or [], [])
+    sources = sources_of(text or [], [])
     out.mkdir(parents=True, exist_ok=True)
-    setting = open_models(models, device=device, dtype=dtype, say=partial(_say, console))
+    setting = open_models(models, device=device, dtype=dtype, say=partial(say, console))
     labels = component_labels(setting)
     router = _new(kind, setting, seed)
-    scores = _score(setting, sources, split, window, out / "scores", console)
+    scores = score_sources(setting, sources, split, window, out / "scores", console)
     parts = _parts(scores, validation, seed)
     fit = _train(router, scores, parts, epochs, seed, console, out / "scores")
     judged = _judge(fit, scores.subset(parts["test"]), labels)
     training = {
-        "models": [_identity(name, model) for name, model in setting.models],
+        "models": [identity(name, model) for name, model in setting.models],
         "components": labels,
         "config": {
             "sources": sources, "kind": kind.value, "split": split.value, "validation": validation, "seed": seed,
@@ -120,8 +111,8 @@ def train_router(
     )
     drawn = draw(fit, out / "training")
     _show(fit, judged, kind)
-    _say(console, f"Results: {saved}, {out / 'training.json'}, {drawn[-1]}")
-    _say(Console(), "\n" + _recipe(models, saved, kind))
+    say(console, f"Results: {saved}, {out / 'training.json'}, {drawn[-1]}")
+    say(Console(), "\n" + _recipe(models, saved, kind))
 
 
 def _new(kind: Kind, setting: Setting, seed: int) -> Router:
@@ -166,7 +157,7 @@ def _train(
     columns = (SpinnerColumn(), TextColumn("training"), BarColumn(bar_width=24), TimeElapsedColumn(),
                TextColumn("{task.fields[note]}"))  # fmt: skip
     if not console.is_terminal:
-        _say(console, f"training {type(router).__name__} ({router.n_parameters:,} parameters) ...")
+        say(console, f"training {type(router).__name__} ({router.n_parameters:,} parameters) ...")
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=epochs, note="")
 
@@ -178,7 +169,7 @@ def _train(
             return routers.train_router(router, *train, validation=held, epochs=epochs, seed=seed, progress=report)
         except KeyboardInterrupt:
             bar.stop()
-            _say(console, f"\ninterrupted: the scores are kept in {folder}; the same command trains again from there")
+            say(console, f"\ninterrupted: the scores are kept in {folder}; the same command trains again from there")
             raise
 
 

@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from me_stats.cli_options import Dtype, open_models
+from me_stats.cli_options import Device, Dtype, Models, Precision, check_out, open_models
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,14 +30,7 @@ _WINDOW = 256  # tokens of the text that are scored together; the first of a win
 
 
 def sweep(
-    models: Annotated[
-        list[str],
-        typer.Option(
-            "--models",
-            metavar="A B ...",
-            help="Catalog names, folders or hub ids over one vocabulary; a single model runs under two system prompts.",
-        ),
-    ],
+    models: Models,
     prompt: Annotated[
         list[str] | None,
         typer.Option(metavar="TEXT ...", help="What to continue; default prompts that suit the models."),
@@ -52,8 +45,8 @@ def sweep(
         str, typer.Option(metavar="λ,λ,...", help="Weights that distances are measured from; default equal ones.")
     ] = "",
     seed: Annotated[int, typer.Option(min=0, help="Keys every random number of the run.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the models' weights.")] = Dtype.float32,
+    device: Device = "cpu",
+    dtype: Precision = Dtype.float32,
     out: Annotated[Path, typer.Option(help="Folder for the record and the figure.")] = Path("sweep"),
 ) -> None:
     """Walk over the mixing weights λ: entropy, length, repetition, distances, likelihood and ME's work at each.
@@ -71,7 +64,7 @@ def sweep(
     console = Console(stderr=True)
     content = None if text is None else _read(text)
     at = _weights(reference)
-    folder = _writable(out)
+    check_out(out, "")
     ensemble, prompts, identities = _open(models, prompt, at, device, dtype)
     count = len(ensemble.components)
     at = at or (1 / count,) * count
@@ -84,7 +77,7 @@ def sweep(
         "text": None if content is None else hashlib.sha256(content.encode()).hexdigest(),
     }  # fmt: skip
     key = config_key("sweep", config)
-    path = folder / "points.json"
+    path = out / "points.json"
     done = _load(path, key)
     lattice = simplex_grid(count, grid - 1)
     corpus = None if content is None else score_text(ensemble, content)
@@ -97,7 +90,7 @@ def sweep(
     for name, model in identities:
         recorder.add_model(name, model)
     record = recorder.finish(plain(dataclasses.asdict(found)))
-    record.save(folder / "sweep.json")
+    record.save(out / "sweep.json")
     names = models if len(models) == count else [f"prompt {i + 1}" for i in range(count)]
     labels = [name.rsplit("/", 1)[-1].removeprefix("bundled:") for name in names]
     Console().print(table(found, labels))
@@ -106,10 +99,10 @@ def sweep(
         from me_stats.report.style import save
 
         caption = _caption(found)
-        save(sweep_figure(found, components=labels), folder / "sweep", {"caption": caption, "key": record.key})
+        save(sweep_figure(found, components=labels), out / "sweep", {"caption": caption, "key": record.key})
     drawn = sum(point.drawn for point in found.points)
     console.print(
-        f"{len(found.points)} points from {drawn} draws on the grid. Record and figure: {folder}",
+        f"{len(found.points)} points from {drawn} draws on the grid. Record and figure: {out}",
         highlight=False, markup=False, soft_wrap=True,
     )  # fmt: skip
 
@@ -247,17 +240,6 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"--text {path} is not UTF-8 text: {error.reason} at byte {error.start}") from error
-
-
-def _writable(out: Path) -> Path:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        probe = out / ".writable"
-        probe.write_bytes(b"")
-        probe.unlink()
-    except OSError as error:
-        raise OSError(error.errno, f"cannot write to {out}: {error.strerror}; choose another --out") from error
-    return out
 
 
 def _caption(found: Sweep) -> str:

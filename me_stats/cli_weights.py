@@ -3,45 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from enum import StrEnum
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from me_stats.cli_options import Dtype, open_models
+from me_stats.cli_options import Device, Dtype, Models, Precision, Window, open_models, say
+from me_stats.cli_text import Split, component_labels, identity, score_sources, sources_of
 
 if TYPE_CHECKING:
-    from me_stats.corpus import CorpusScores, Document
-    from me_stats.presets import Setting
     from me_stats.transfer import CrossValidation, DomainFits
     from me_stats.weights import WeightFit
 
 NAME = "fit-lambda"
 
 
-class Split(StrEnum):
-    """What ends a document."""
-
-    blank_lines = "blank-lines"
-    lines = "lines"
-    file = "file"
-
-
 def fit_lambda(
-    models: Annotated[
-        list[str],
-        typer.Option(
-            "--models",
-            metavar="A B ...",
-            help="Catalog names, folders or hub ids over one vocabulary; a single model runs under two system prompts.",
-        ),
-    ],
+    models: Models,
     text: Annotated[
         list[Path] | None,
         typer.Option("--text", metavar="FILE ...", help="UTF-8 text or .jsonl files; each is a domain by its name."),
@@ -55,12 +38,10 @@ def fit_lambda(
     weights_out: Annotated[
         Path | None, typer.Option("--weights-out", metavar="FILE", help="Also write λ̂ of all text to this JSON file.")
     ] = None,
-    window: Annotated[
-        int | None, typer.Option(min=2, help="Tokens of context that a model sees; default: all it can, at most 4096.")
-    ] = None,
+    window: Window = None,
     folds: Annotated[int, typer.Option(min=2, help="Folds of the cross-validation, by document.")] = 5,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...")] = "cpu",
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the models' weights.")] = Dtype.float32,
+    device: Device = "cpu",
+    dtype: Precision = Dtype.float32,
     seed: Annotated[int, typer.Option(min=0, help="Keys the assignment of documents to folds.")] = 0,
 ) -> None:
     """Estimate the mixing weights λ of an ensemble on a text, with intervals, and test them on held-out documents.
@@ -79,18 +60,18 @@ def fit_lambda(
     from me_stats.transfer import cross_validate, fit_by_domain
 
     console = Console(stderr=True)
-    sources = _sources(text or [], domain or [])
+    sources = sources_of(text or [], domain or [])
     out.mkdir(parents=True, exist_ok=True)
-    setting = open_models(models, device=device, dtype=dtype, say=partial(_say, console))
-    scores = _score(setting, sources, split, window, out / "scores", console)
+    setting = open_models(models, device=device, dtype=dtype, say=partial(say, console))
+    scores = score_sources(setting, sources, split, window, out / "scores", console)
     by_domain = fit_by_domain(scores)
     usable = int((scores.lengths > 0).sum())
     validation = cross_validate(scores, folds=folds, seed=seed) if usable >= folds else None
     if validation is None:
-        _say(console, f"no cross-validation: {usable} documents are fewer than --folds {folds}")
+        say(console, f"no cross-validation: {usable} documents are fewer than --folds {folds}")
     labels = component_labels(setting)
     results = {
-        "models": [_identity(name, model) for name, model in setting.models],
+        "models": [identity(name, model) for name, model in setting.models],
         "components": labels,
         "config": {"sources": sources, "split": split.value, "seed": seed, "folds": folds, **scores.settings},
         "documents": scores.n_documents,
@@ -107,83 +88,8 @@ def fit_lambda(
     _show(by_domain, validation, labels)
     for name, fit in (*by_domain.fits.items(), ("all text", by_domain.pooled)):
         if not fit.identified:
-            _say(console, f"{name}: λ is not identified, {fit.reason}")
-    _say(console, f"Results: {page}, {drawn[-1]}")
-
-
-def _sources(text: Sequence[Path], domain: Sequence[str]) -> list[tuple[str, Path]]:
-    """(domain, file) of all inputs; ValueError or OSError before any model is opened."""
-    sources = [(path.stem, path) for path in text]
-    for entry in domain:
-        name, equals, file = entry.partition("=")
-        if not (name and equals and file):
-            raise ValueError(f"--domain {entry}: expected NAME=FILE")
-        sources.append((name, Path(file)))
-    if not sources:
-        raise ValueError("no text: give files with --text FILE ... or --domain NAME=FILE ...")
-    for _, path in sources:
-        path.open("rb").close()
-    return sources
-
-
-def _score(
-    setting: Setting,
-    sources: Sequence[tuple[str, Path]],
-    split: Split,
-    window: int | None,
-    folder: Path,
-    console: Console,
-) -> CorpusScores:
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from me_stats.corpus import read_documents, score_corpus
-
-    columns = (
-        SpinnerColumn(),
-        TextColumn("scoring"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    if not console.is_terminal:
-        _say(console, f"scoring with {', '.join(component_labels(setting))} ...")
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=sum(path.stat().st_size for _, path in sources), note="")
-
-        def stream() -> Iterator[Document]:
-            for name, path in sources:
-                # A text file's way of ending documents has a space where an option can't.
-                for document in read_documents(path, split=split.value.replace("-", " "), domain=name):  # type: ignore[arg-type]
-                    yield document
-                    bar.advance(task, len(str(document.content).encode()))
-
-        def report(documents: int, tokens: int) -> None:
-            bar.update(task, note=f"{documents} documents, {tokens} tokens")
-
-        try:
-            return score_corpus(setting.ensemble.components, stream(), window=window, out=folder, progress=report)
-        except KeyboardInterrupt:
-            bar.stop()
-            _say(console, f"\ninterrupted: what is scored is kept in {folder}; the same command goes on from there")
-            raise
-
-
-def component_labels(setting: Setting) -> list[str]:
-    """One name for each component: its model, or its system prompt."""
-    from me_stats.presets import SYSTEM_PROMPTS
-
-    names = [name for name, _ in setting.models]
-    return names if len(names) == len(setting.ensemble.components) else [f"“{text}”" for text in SYSTEM_PROMPTS]
-
-
-def _identity(name: str, model: Any) -> dict[str, Any]:
-    return {
-        "name": name,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "source": model.source,
-        "vocabulary": {"size": model.vocabulary.size, "fingerprint": model.vocabulary.fingerprint},
-    }
+            say(console, f"{name}: λ is not identified, {fit.reason}")
+    say(console, f"Results: {page}, {drawn[-1]}")
 
 
 def _show(by_domain: DomainFits, validation: CrossValidation | None, labels: Sequence[str]) -> None:
@@ -236,7 +142,3 @@ def draw(by_domain: DomainFits, labels: Sequence[str], stem: Path) -> list[Path]
         "allow for tokens of one document going together."
     )
     return save(fig, stem, {"caption": caption})
-
-
-def _say(console: Console, line: str) -> None:
-    console.print(line, highlight=False, markup=False, soft_wrap=True)
