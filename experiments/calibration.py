@@ -28,7 +28,7 @@ from me_stats.martingale import martingale_portfolio
 from me_stats.models import MarkovModel
 from me_stats.models.ensemble import chunked_paths
 from me_stats.prefixes import combine_prefixes, martingale_chi_square
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.repeats import RepeatProcess
 from me_stats.samplers import Sampler
@@ -117,9 +117,7 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     progress(0.5, "two Zipf components over 50,257 tokens")
     _zipf(ledger, config, rng)
     progress(0.65, "transformers")
-    setting = open_setting(config.models, dtype=config.dtype, device=config.device)  # type: ignore[arg-type]
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder)
     _transformers_one_step(ledger, setting.ensemble, setting.prompts, config, rng)
     progress(0.75, "transformers, whole sequences")
     sampler = CESampler(setting.ensemble)

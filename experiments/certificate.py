@@ -19,7 +19,7 @@ from me_stats.divergence import tv_distance
 from me_stats.draws import BLOCK, inverse_cdf_error
 from me_stats.equivalence import tv_upper_bound_cells, white_box_bound
 from me_stats.models.base import open_session
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.trace import Trace
 
@@ -44,9 +44,7 @@ class Config:
 def run(config: Config, progress: Callable[[float, str], None] = lambda fraction, note: None) -> Record:
     """Measure weights, caches and draws, and add them up for every conditional."""
     recorder = Recorder(NAME, TITLE, config)
-    setting = open_setting(config.models, dtype=config.dtype, device=config.device)  # type: ignore[arg-type]
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder)
     ensemble = setting.ensemble
     progress(0.0, "drawing components")
     weights = ensemble.mixing.log_weights([()])[0].exp().numpy()

@@ -13,14 +13,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy.optimize import minimize_scalar
 
 from me_stats import ConstantMixing, Ensemble
 from me_stats.models import LanguageModel
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.testing import Generate, check_sampler
 from me_stats.trace import score
+from me_stats.weights import fit_weights
 
 NAME, TITLE = "generate_judged", "Transformers' generate, judged"
 
@@ -52,9 +52,7 @@ class _Case:
 def run(config: Config, progress: Callable[[float, str], None] = lambda fraction, note: None) -> Record:
     """Judge each way to call generate, and estimate the weight that its rows really have."""
     recorder = Recorder(NAME, TITLE, config)
-    setting = open_setting(config.models, weights=(config.weight, 1 - config.weight))
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder, weights=(config.weight, 1 - config.weight))
     target, assistant = setting.ensemble.components
     prompts = [tuple(setting.ensemble.vocabulary.encode(p)) for p in setting.prompts[: config.prompts]]
     assisted: dict[str, Any] = {"assistant_model": assistant, "top_k": 0}
@@ -141,21 +139,10 @@ def _judge(case: _Case, both: Ensemble, prompts: list[tuple[int, ...]], config: 
 
 
 def effective_weight(log_probs: np.ndarray) -> dict[str, float]:
-    """Weight of the first of two components that best explains tokens with log P_i (n, 2), and its 95% interval.
-
-    Maximum likelihood of ``sum log(w P_1 + (1 - w) P_2)``; the interval holds the weights whose log-likelihood is
-    within 1.92 of the largest, which also serves where the best weight is 0 or 1.
-    """
-    ratio = np.exp(log_probs - log_probs.max(1, keepdims=True))
-
-    def loss(weight: float) -> float:
-        return -float(np.log(weight * ratio[:, 0] + (1 - weight) * ratio[:, 1] + 1e-300).sum())
-
-    grid = np.linspace(0, 1, 201)
-    best = minimize_scalar(loss, bounds=(0, 1), method="bounded", options={"xatol": 1e-6})
-    inside = grid[np.array([loss(weight) for weight in grid]) <= best.fun + 1.92]
-    low, high = (float(inside.min()), float(inside.max())) if len(inside) else (float(best.x), float(best.x))
-    return {"value": float(best.x), "low": min(low, float(best.x)), "high": max(high, float(best.x))}
+    """Weight of the first of two components that best explains tokens with log P_i (n, 2), and its 95% interval."""
+    fit = fit_weights(log_probs)
+    low, high = fit.intervals[0].tolist()
+    return {"value": float(fit.weights[0]), "low": low, "high": high}
 
 
 def _check(recorder: Recorder, cases: dict[str, dict[str, Any]], config: Config) -> None:

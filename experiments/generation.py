@@ -17,7 +17,7 @@ import numpy as np
 from me_stats import CESampler, MESampler
 from me_stats.equivalence import tv_upper_bound_cells
 from me_stats.goodness import chi_square_gof
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.trace import Trace
 
@@ -42,9 +42,7 @@ class Config:
 def run(config: Config, progress: Callable[[float, str], None] = lambda fraction, note: None) -> Record:
     """Time both samplers at each batch size, interleaved, and count what they ran."""
     recorder = Recorder(NAME, TITLE, config)
-    setting = open_setting(config.models, dtype=config.dtype, device=config.device)  # type: ignore[arg-type]
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder)
     ensemble, label = setting.ensemble, setting.label
     k = len(ensemble.components)
     samplers = {"ME": MESampler(ensemble), "CE": CESampler(ensemble)}

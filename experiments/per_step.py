@@ -18,7 +18,7 @@ from me_stats.divergence import tv_distance
 from me_stats.equivalence import tv_upper_bound, tv_upper_bound_cells
 from me_stats.goodness import Portfolio
 from me_stats.models.ensemble import mix
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.samplers import Sampler
 
@@ -46,9 +46,7 @@ class Config:
 def run(config: Config, progress: Callable[[float, str], None] = lambda fraction, note: None) -> Record:
     """Draw, count, test and bound, prompt by prompt."""
     recorder = Recorder(NAME, TITLE, config)
-    setting = open_setting(config.models, dtype=config.dtype, device=config.device)  # type: ignore[arg-type]
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder)
     ensemble = setting.ensemble
     weights = ensemble.mixing.weights  # type: ignore[attr-defined]
     shifted = weights.clone()

@@ -20,7 +20,7 @@ from me_stats.evidence import Evidence
 from me_stats.families import ALL_FAMILIES, SCORE_FAMILIES, Family
 from me_stats.models import Ensemble
 from me_stats.monitor import WatchResult, watch
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.samplers import CESampler, MESampler, Sampler
 from me_stats.testing import MUTANTS, Mutant, check_sampler, check_session
@@ -89,9 +89,7 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     for name, sampler in (("right ME", MESampler(toy)), ("right CE", CESampler(toy))):
         looks = _watch(sampler, toy, PROMPTS, ALL_FAMILIES, config.cap, config.steps, config.seed, config.alpha)[1]
         paths[name] = _thinned(looks, config.points)
-    setting = open_setting(config.models, weights=(0.5, 0.5))
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder, weights=(0.5, 0.5))
     siblings = []
     cases = [case for case in ON_TRANSFORMERS if config.slow or case[2] == _SOON]
     for i, (name, kind, target) in enumerate(cases):

@@ -16,7 +16,6 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from me_stats import Ensemble, MESampler
 from me_stats.corpus import CorpusScores, Document, score_corpus
 from me_stats.mixing import ConstantMixing, Mixing
 from me_stats.models import catalog
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.reproduce import load
 from me_stats.routers import (
@@ -98,9 +97,7 @@ class _Text:
 def run(config: Config, progress: Callable[[float, str], None] = lambda fraction, note: None) -> Record:
     """Score the text, train the routers, judge them, sample them, and look at one document."""
     recorder = Recorder(NAME, TITLE, config)
-    setting = open_setting(config.models)
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder)
     components = setting.ensemble.components
     progress(0.0, "held-out text")
     texts, same = _texts(config)
@@ -167,15 +164,13 @@ def _training(name: str, fit: RouterFit) -> dict[str, Any]:
 # The text
 
 
-@cache
 def _held_out() -> tuple[dict[str, list[bytes]], bool]:
     """Documents of each domain that the siblings were not trained on, and whether the corpus is the very same."""
-    documents, same = {}, True
-    for domain, (train, held_out) in load("experiments", "train_siblings").corpora().items():
-        documents[domain] = [document for document in held_out.split(b"\0") if document]
+    siblings, same = load("experiments", "train_siblings"), True
+    for domain, (train, held_out) in siblings.corpora().items():
         told = json.loads(Path(catalog.resolve(f"bundled:{domain}"), "training.json").read_text(encoding="utf-8"))
         same &= hashlib.sha256(train + held_out).hexdigest() == told["corpus"]["sha256"]
-    return documents, same
+    return siblings.held_out(), same
 
 
 def _texts(config: Config) -> tuple[dict[str, list[_Text]], bool]:

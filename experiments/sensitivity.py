@@ -19,7 +19,7 @@ from me_stats.corpus import score_corpus
 from me_stats.exact import sequence_law
 from me_stats.models import TableModel
 from me_stats.models.base import path_log_probs
-from me_stats.presets import SIBLINGS, Setting, open_setting
+from me_stats.presets import SIBLINGS, Setting, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.reproduce import load
 from me_stats.sensitivity import (
@@ -78,9 +78,7 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     progress(0.3, "reading held-out text")
     experiment = load("experiments", "weights")
     texts = [one for one in experiment.held_out(config.text_bytes, config.document_bytes) if one.domain == "mixed"]
-    setting = open_setting(config.models, dtype=config.dtype, device=config.device)
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder)
     components = setting.ensemble.components
     if len(components) != 2:
         raise ValueError(f"models must give two components, got {len(components)}: the line joins two")

@@ -18,7 +18,7 @@ import torch
 from me_stats import CESampler, Ensemble, MESampler, RowStreams, SequenceMixtureSampler, exact
 from me_stats.martingale import martingale_portfolio
 from me_stats.models import TopK, Warped
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.samplers import Sampler
 from me_stats.steps import collect_steps
@@ -46,9 +46,7 @@ class Config:
 def run(config: Config, progress: Callable[[float, str], None] = lambda fraction, note: None) -> Record:
     """Enumerate, then generate and test, then couple CE and ME through their random numbers."""
     recorder = Recorder(NAME, TITLE, config)
-    setting = open_setting(config.models, dtype=config.dtype, device=config.device)  # type: ignore[arg-type]
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder)
     ensemble, label = setting.ensemble, setting.label
     enumerated = []
     for i, (kept, steps) in enumerate(config.exact_cases):

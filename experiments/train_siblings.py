@@ -39,6 +39,7 @@ import re
 import sysconfig
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 
@@ -108,6 +109,7 @@ def documents(text: str, seen: set[str]) -> Iterator[str]:
         yield document.strip("\n") + "\n"
 
 
+@cache
 def corpora() -> dict[str, tuple[bytes, bytes]]:
     """Return each domain's training and held-out streams: documents, each ended by byte 0.
 
@@ -131,6 +133,11 @@ def corpora() -> dict[str, tuple[bytes, bytes]]:
                 stream += document + bytes([END])
         streams[domain] = bytes(train), bytes(held_out)
     return streams
+
+
+def held_out() -> dict[str, list[bytes]]:
+    """Return each domain's documents that the siblings were not trained on."""
+    return {domain: [text for text in held.split(bytes([END])) if text] for domain, (_, held) in corpora().items()}
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:

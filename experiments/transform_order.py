@@ -18,7 +18,7 @@ from me_stats.divergence import escaped_mass, tv_distance
 from me_stats.models import Greedy, MinP, Temperature, TopK, TopP, Warp, Warped
 from me_stats.models.base import open_session
 from me_stats.models.ensemble import mix
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 
 NAME, TITLE = "transform_order", "The price of the order of transforms"
@@ -49,9 +49,7 @@ class Config:
 def run(config: Config, progress: Callable[[float, str], None] = lambda fraction, note: None) -> Record:
     """Both orders of every transform at every prefix of the generations."""
     recorder = Recorder(NAME, TITLE, config)
-    setting = open_setting(config.models, dtype=config.dtype, device=config.device)  # type: ignore[arg-type]
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder)
     ensemble = setting.ensemble
     progress(0.0, "generating")
     per_prompt = max(1, config.rows // len(setting.prompts))

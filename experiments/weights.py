@@ -11,7 +11,6 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -23,7 +22,7 @@ from me_stats.corpus import CorpusScores, Document, score_corpus
 from me_stats.equivalence import binomial_interval
 from me_stats.likelihood import MixtureLikelihood, em, newton
 from me_stats.models.base import path_log_probs
-from me_stats.presets import SIBLINGS, open_setting
+from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
 from me_stats.reproduce import load
 from me_stats.sensitivity.reweight import shown
@@ -78,9 +77,7 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     recorder = Recorder(NAME, TITLE, config)
     progress(0.0, "reading held-out text")
     documents = held_out(config.text_bytes, config.document_bytes)
-    setting = open_setting(config.models, dtype=config.dtype, device=config.device)
-    for name, model in setting.models:
-        recorder.add_model(name, model)
+    setting = open_recorded(recorder)
     components = setting.ensemble.components
     progress(0.15, f"scoring {len(documents)} documents")
     scores = score_corpus(components, documents)
@@ -123,18 +120,12 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     return recorder.finish(results)
 
 
-@cache
-def _streams() -> dict[str, tuple[bytes, bytes]]:
-    """Training and held-out text of both domains; a document's hash decides where it goes."""
-    streams: dict[str, tuple[bytes, bytes]] = load("experiments", "train_siblings").corpora()
-    return streams
-
-
 def held_out(text_bytes: int, document_bytes: int) -> list[Document]:
     """Documents that the siblings were not trained on: prose, code, and others of both kinds as ``"mixed"``."""
     documents: dict[str, list[Document]] = {name: [] for name in DOMAINS}
+    unseen = load("experiments", "train_siblings").held_out()
     for name in DOMAINS[:2]:
-        texts = [text[:document_bytes].decode(errors="ignore") for text in _streams()[name][1].split(b"\0") if text]
+        texts = [text[:document_bytes].decode(errors="ignore") for text in unseen[name]]
         for domain, budget in ((name, text_bytes), ("mixed", text_bytes // 2)):
             while budget > 0:
                 if not texts:

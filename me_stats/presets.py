@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from jinja2 import TemplateError
 
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Conditioned, Ensemble, LanguageModel, TransformersModel
 from me_stats.vocabulary import Prompt
+
+if TYPE_CHECKING:
+    from me_stats.record import Recorder
 
 SIBLINGS = ("bundled:prose", "bundled:code")
 
@@ -75,6 +78,19 @@ def open_setting(
         weights = (0.6, 0.4) if len(components) == 2 else (1 / len(components),) * len(components)
     ensemble = Ensemble(components, ConstantMixing(weights))
     return Setting(label, ensemble, tuple(prompts), tuple(zip(models, opened, strict=True)))
+
+
+def open_recorded(recorder: Recorder, *, weights: Sequence[float] | None = None) -> Setting:
+    """The setting that the recorder's config names, with its models noted in the record.
+
+    The config has `models` and may have `dtype` and `device`; see `open_setting`.
+    """
+    config = recorder.config
+    where = {name: getattr(config, name) for name in ("dtype", "device") if hasattr(config, name)}
+    setting = open_setting(config.models, weights=weights, **where)
+    for name, model in setting.models:
+        recorder.add_model(name, model)
+    return setting
 
 
 def _under_system_prompts(model: TransformersModel) -> tuple[list[Conditioned], list[Prompt]]:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,8 @@ from transformers import LlamaConfig
 from me_stats import presets
 from me_stats.models import Conditioned
 from me_stats.models.huggingface import TransformersModel
-from me_stats.presets import CHAT_PROMPTS, SIBLINGS, SYSTEM_PROMPTS, TEXT_PROMPTS, Setting, open_setting
+from me_stats.presets import CHAT_PROMPTS, SIBLINGS, SYSTEM_PROMPTS, TEXT_PROMPTS, Setting, open_recorded, open_setting
+from me_stats.record import Recorder
 from me_stats.samplers import CESampler, MESampler
 from tests.networks import byte_tokenizer, network, shape
 
@@ -139,3 +141,16 @@ def test_bad_models_are_refused(folders: list[str], tmp_path: Path) -> None:
         open_setting(folders[:1], dtype="int4")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="different vocabularies"):
         open_setting([folders[0], save(tmp_path, extra="more")])
+
+
+@dataclass(frozen=True)
+class _Config:
+    models: tuple[str, ...] = SIBLINGS
+    dtype: str = "bfloat16"
+
+
+def test_a_recorded_setting_is_the_configs_and_names_its_models() -> None:
+    recorder = Recorder("some", "Some experiment", _Config())
+    setting = open_recorded(recorder, weights=[0.25, 0.75])
+    assert weights(setting) == [0.25, 0.75]
+    assert [(model["name"], model["dtype"]) for model in recorder.models] == [(name, "bfloat16") for name in SIBLINGS]

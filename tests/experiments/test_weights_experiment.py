@@ -65,7 +65,7 @@ def test_power_is_that_of_intervals_which_do_not_touch(record: Record) -> None:
 def test_texts_are_unseen_disjoint_and_of_equal_size() -> None:
     documents = weights.held_out(3000, 300)
     by_domain = {name: [d.content for d in documents if d.domain == name] for name in weights.DOMAINS}
-    trained = {name: weights._streams()[name][0] for name in ("prose", "code")}
+    trained = {name: job.load("experiments", "train_siblings").corpora()[name][0] for name in ("prose", "code")}
     for name, texts in by_domain.items():
         assert sum(len(text.encode()) for text in texts) == pytest.approx(3000, abs=8)
         assert max(len(text.encode()) for text in texts) <= 300
