@@ -122,7 +122,12 @@ class Layout:
         stored = self.cache.layer(index, keys, values)
         for old, new in zip(stored, (keys, values), strict=True):
             old[self.token_slots, :, self.positions] = new[0].transpose(0, 1)
-        return stored[0][self._slots, :, : self.visible], stored[1][self._slots, :, : self.visible]
+        return self._seen(stored[0]), self._seen(stored[1])
+
+    def _seen(self, store: Tensor) -> Tensor:
+        seen = store[:, :, : self.visible]
+        # index_select copies a row's keys as one block, 2 to 4 times faster than indexing with a list of rows.
+        return seen[self._slots] if isinstance(self._slots, slice) else seen.index_select(0, self._slots)
 
     def mask(self, window: int | None) -> Tensor:
         """(R, 1, S, visible), True where a query may look: not ahead, and within the sliding window."""
