@@ -20,6 +20,7 @@ import torch
 from me_stats.corpus_store import CorpusScores, ScoreWriter
 from me_stats.models.base import path_log_probs, require_language_model
 from me_stats.models.conditioned import Conditioned
+from me_stats.models.windowed import context_length
 from me_stats.vocabulary import Prompt, Vocabulary
 
 __all__ = ["CorpusScores", "Document", "read_documents", "score_corpus", "token_bytes"]
@@ -168,7 +169,7 @@ def score_corpus(
     """
     vocabulary = _one_vocabulary(models)
     before, context_only = _start(models, vocabulary, prompt)
-    limits = [limit for limit in map(_context_length, models) if limit is not None]
+    limits = [limit for limit in map(context_length, models) if limit is not None]
     window = min([*limits, batch_tokens]) if window is None else window
     if window > min([window, *limits]):
         raise ValueError(f"window is {window} tokens, but a component sees only {min(limits)}; lower window")
@@ -235,15 +236,6 @@ def _start(models: Sequence[Any], vocabulary: Vocabulary, prompt: Sequence[int] 
     named = [getattr(tokenizer, name, None) for name in ("bos_token_id", "eos_token_id")]
     known = [token for token in (*named, *(vocabulary.eos if tokenizer is not None else ())) if token is not None]
     return ((int(known[0]),), False) if known else ((), True)
-
-
-def _context_length(model: Any) -> int | None:
-    """Longest sequence, scored token included, that a model reads from its caller; None for no limit."""
-    parts = getattr(model, "components", None) or ([model.model] if hasattr(model, "model") else [])
-    known = [_context_length(part) for part in parts] or [getattr(model, "context_length", None)]
-    limits = [limit for limit in known if limit is not None]
-    taken = len(model.context) if isinstance(model, Conditioned) else 0
-    return min(limits) - taken if limits else None
 
 
 class _Batch(NamedTuple):

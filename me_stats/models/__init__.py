@@ -9,6 +9,7 @@ from me_stats.models.conditioned import Conditioned
 from me_stats.models.ensemble import Ensemble
 from me_stats.models.toy import MarkovModel, TableModel
 from me_stats.models.warped import Greedy, MinP, Temperature, TopK, TopP, Warp, Warped
+from me_stats.models.windowed import Endless, Windowed
 
 if TYPE_CHECKING:
     from me_stats.models.huggingface import TransformersModel
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Conditioned",
     "Cost",
+    "Endless",
     "Ensemble",
     "Greedy",
     "LanguageModel",
@@ -29,6 +31,7 @@ __all__ = [
     "TransformersModel",
     "Warp",
     "Warped",
+    "Windowed",
 ]
 
 

@@ -11,7 +11,19 @@ from hypothesis import strategies as st
 
 from me_stats import exact
 from me_stats.mixing import ConstantMixing
-from me_stats.models import Conditioned, Cost, Ensemble, LanguageModel, MarkovModel, Session, TableModel, TopK, Warped
+from me_stats.models import (
+    Conditioned,
+    Cost,
+    Endless,
+    Ensemble,
+    LanguageModel,
+    MarkovModel,
+    Session,
+    TableModel,
+    TopK,
+    Warped,
+    Windowed,
+)
 from me_stats.models.base import PrefixSession, checked_laws, open_session, path_log_probs, require_language_model
 from me_stats.samplers import CESampler, MESampler
 from me_stats.trace import score
@@ -45,6 +57,15 @@ MODELS: dict[str, Callable[[], Any]] = {
     "prompt ensemble": lambda: Ensemble(
         [Conditioned(OutsideModel(tables(1)[0]), [token]) for token in (0, 1)], ConstantMixing([0.3, 0.7])
     ),
+    "windowed": lambda: Windowed(TableModel.random(V, seed=0, order=4), 4),
+    "short window": lambda: Windowed(OutsideModel(TableModel.random(V, seed=0, order=4)), 2, hop=1),
+    "window that empties": lambda: Windowed(TableModel.random(V, seed=0, order=4), 3, hop=3),
+    "windowed prompts": lambda: Ensemble(
+        [Windowed(Conditioned(TableModel.random(V, seed=0, order=4), [token]), 3) for token in (0, 1)],
+        ConstantMixing([0.3, 0.7]),
+    ),
+    "window over a mixture": lambda: Windowed(Ensemble(tables(2, order=4), router()), 3, hop=2),
+    "endless": lambda: Endless(TableModel.random(V, seed=0, order=2, eos=(2,))),
     "nested": lambda: Ensemble([Ensemble(tables(2), router()), tables(3)[2]], ConstantMixing([0.3, 0.7])),
 }
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())

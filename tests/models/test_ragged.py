@@ -140,10 +140,25 @@ def prompt_cut(patch: pytest.MonkeyPatch, session: RaggedSession) -> None:
     patch.setattr(SlotCache, "copy", lambda self, source, targets, length: copy(self, source, targets, length - 1))
 
 
+def masks(patch: pytest.MonkeyPatch, change: Callable[[Tensor], Tensor]) -> None:
+    """Change every mask; rows that may look everywhere have none."""
+    mask = Layout.mask
+
+    def changed(self: Layout, window: int | None) -> Tensor | None:
+        right = mask(self, window)
+        return None if right is None else change(right)
+
+    patch.setattr(Layout, "mask", changed)
+
+
 def rows_unmasked(patch: pytest.MonkeyPatch, session: RaggedSession) -> None:
     """The mask forgets the row: each looks where any of its neighbours may."""
-    mask = Layout.mask
-    patch.setattr(Layout, "mask", lambda self, window: (m := mask(self, window)).any(0, keepdim=True).expand_as(m))
+    masks(patch, lambda m: m.any(0, keepdim=True).expand_as(m))
+
+
+def never_masked(patch: pytest.MonkeyPatch, session: RaggedSession) -> None:
+    """Rows of any lengths pass for rows of one."""
+    patch.setattr(Layout, "mask", lambda self, window: None)
 
 
 def keys_of_the_neighbour(patch: pytest.MonkeyPatch, session: RaggedSession) -> None:
@@ -154,18 +169,13 @@ def keys_of_the_neighbour(patch: pytest.MonkeyPatch, session: RaggedSession) -> 
 
 def looking_ahead(patch: pytest.MonkeyPatch, session: RaggedSession) -> None:
     """A query looks one position to the right."""
-    mask = Layout.mask
-    patch.setattr(
-        Layout,
-        "mask",
-        lambda self, window: (m := mask(self, window)) | m.roll(1, -1).index_fill(-1, torch.tensor(0), False),
-    )
+    masks(patch, lambda m: m | m.roll(1, -1).index_fill(-1, torch.tensor(0), False))
 
 
 def windows(change: Callable[[int], int | None], patch: pytest.MonkeyPatch) -> None:
     mask = Layout.mask
 
-    def changed(self: Layout, window: int | None) -> Tensor:
+    def changed(self: Layout, window: int | None) -> Tensor | None:
         right = mask(self, window)
         return right if window is None else mask(self, change(window))
 
@@ -205,8 +215,8 @@ def tokens_of_another_row(patch: pytest.MonkeyPatch, session: RaggedSession) -> 
 
 Mutant = Callable[[pytest.MonkeyPatch, RaggedSession], None]
 ANYWHERE: tuple[Mutant, ...] = (
-    stale, positions_held, prompt_cut, rows_unmasked, keys_of_the_neighbour, looking_ahead, one_law_for_all,
-    slot_order, tokens_of_another_row,
+    stale, positions_held, prompt_cut, rows_unmasked, never_masked, keys_of_the_neighbour, looking_ahead,
+    one_law_for_all, slot_order, tokens_of_another_row,
 )  # fmt: skip
 IN_WINDOWS: tuple[Mutant, ...] = (window_wide, window_narrow, window_forgotten)
 CASES = [
