@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from me_stats import __version__, cli_models, cli_router, cli_sweep, cli_weights
+from me_stats import __version__, cli_long, cli_models, cli_router, cli_sweep, cli_weights
 from me_stats.cli_options import Device, Dtype, Precision, check_device, check_out, say
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ app = typer.Typer(
 app.add_typer(cli_models.app, name="models")
 app.command(cli_weights.NAME)(cli_weights.fit_lambda)
 app.command()(cli_sweep.sweep)
+app.command()(cli_long.long)
 app.command(cli_router.NAME)(cli_router.train_router)
 
 # Options that take several values after one name.

@@ -73,10 +73,17 @@ def open_models(
     say: Callable[[str], None],
 ) -> Setting:
     """The ensemble of ``--models``; catalog names that are not on this machine are pulled first, which `say` tells."""
+    from me_stats.presets import open_setting
+
+    prepare_models(models, device=device, say=say)
+    return open_setting(models, weights=weights, dtype=dtype.value, device=device)
+
+
+def prepare_models(models: Sequence[str], *, device: str, say: Callable[[str], None]) -> None:
+    """Check device and names, pull what is missing, and choose the number of threads; opens nothing."""
     import torch
 
     from me_stats.models import catalog
-    from me_stats.presets import open_setting
 
     check_device(device)
     for name in dict.fromkeys(models):
@@ -85,4 +92,15 @@ def open_models(
         catalog.resolve(name)
     if torch.device(device).type == "cpu" and all(name.startswith("bundled:") for name in models):
         torch.set_num_threads(1)  # several threads gain nothing on tiny models
-    return open_setting(models, weights=weights, dtype=dtype.value, device=device)
+
+
+def parsed_weights(text: str, option: str) -> tuple[float, ...] | None:
+    """Mixing weights from ``λ,λ,...``, None for an empty text; ValueError names the option."""
+    if not text:
+        return None
+    from me_stats.mixing import ConstantMixing
+
+    try:
+        return tuple(ConstantMixing([float(part) for part in text.split(",")]).weights.tolist())
+    except ValueError as error:
+        raise ValueError(f"{option} {text}: {error}") from error

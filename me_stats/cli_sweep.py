@@ -17,7 +17,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from me_stats.cli_options import Device, Dtype, Models, Precision, check_out, open_models
+from me_stats.cli_options import Device, Dtype, Models, Precision, check_out, open_models, parsed_weights
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -63,7 +63,7 @@ def sweep(
     """
     console = Console(stderr=True)
     content = None if text is None else _read(text)
-    at = _weights(reference)
+    at = parsed_weights(reference, "--reference")
     check_out(out, "")
     ensemble, prompts, identities = _open(models, prompt, at, device, dtype)
     count = len(ensemble.components)
@@ -222,17 +222,6 @@ def _open(
     say = partial(print, file=sys.stderr)
     setting = open_models(models, weights=weights or (1 / count,) * count, device=device, dtype=dtype, say=say)
     return setting.ensemble, tuple(prompts) if prompts else setting.prompts, setting.models
-
-
-def _weights(text: str) -> tuple[float, ...] | None:
-    if not text:
-        return None
-    from me_stats.mixing import ConstantMixing
-
-    try:
-        return tuple(ConstantMixing([float(part) for part in text.split(",")]).weights.tolist())
-    except ValueError as error:
-        raise ValueError(f"--reference {text}: {error}") from error
 
 
 def _read(path: Path) -> str:

@@ -88,10 +88,15 @@ class AutocorrelationTime:
 def autocorrelation_time(values: ArrayLike, *, confidence: float = 0.95) -> AutocorrelationTime:
     """Integrated autocorrelation time of a per-token statistic (N, T), by `geyer_time`, per row and pooled.
 
-    Rows are centred at their own mean with divisor T, which is biased low for rows shorter than about 50 tau. The
-    pooled time centres at the common mean with divisor T-k, and jackknifes over rows on the log scale: rows are
-    independent.
-    Rows must have one length (cut them) and no drift (`drift`): a trend is dependence at every lag.
+    Rows are centred at their own mean with divisor T, which is biased low for rows shorter than about 50 tau; a row
+    that never moves is worth one token, tau = T. Never drop such rows: that shortens the time.
+
+    The pooled time centres at the common mean with divisor T-k and jackknifes over rows on the log scale: rows are
+    independent. Geyer's cut falls where noise first turns negative, so the sum up to it is too high and its jackknife,
+    which keeps the cut, too narrow (a 95% interval covered in 90%); half as many lags again mend both. The interval is
+    right for rows of 10 tau or more, and too narrow for a statistic that alternates (87% at a correlation of -0.9).
+    Rows must have one length (cut them) and no drift (`drift`): a trend is dependence at every lag. Raises ValueError
+    for values that are all equal.
 
     >>> rng = np.random.default_rng(0)
     >>> time = autocorrelation_time(rng.normal(size=(200, 64)))
@@ -103,18 +108,27 @@ def autocorrelation_time(values: ArrayLike, *, confidence: float = 0.95) -> Auto
     n, steps = v.shape
     if steps < 4:
         raise ValueError(f"values must have at least 4 steps a row, got {steps}")
-    constant = np.flatnonzero(np.ptp(v, axis=1) == 0)
-    if len(constant):
-        raise ValueError(f"row {constant[0]} of values is constant: its autocorrelation is not defined; drop it")
-    rows = geyer_time(autocovariances(v) / steps)
+    if np.ptp(v) == 0:
+        raise ValueError(f"values are all {v[0, 0]:g}: the autocorrelation of a constant is not defined")
+    moving = np.ptp(v, axis=1) > 0
+    rows = np.full(n, float(steps))
+    rows[moving] = geyer_time(autocovariances(v[moving]) / steps) if moving.any() else steps
     unbiased = autocovariances(v, centre=v.mean()) / np.arange(steps, 0, -1)
     together = unbiased.sum(0)
-    value = float(geyer_time(together[None])[0])
-    without = np.log(geyer_time(together - unbiased))
+    pairs = together[: steps - steps % 2].reshape(-1, 2).sum(1)
+    lags = max(3, 3 * int(np.logical_and.accumulate(pairs > 0).sum()))
+    value = float(_time_to(lags, together[None])[0])
+    without = np.log(_time_to(lags, together - unbiased))
     spread = math.sqrt((n - 1) * float(without.var()))
     radius = float(stats.t.ppf(0.5 + confidence / 2, n - 1)) * spread
-    interval = (value * math.exp(-radius), value * math.exp(radius))
-    return AutocorrelationTime(Estimate(value, value * spread, interval, n, "initial monotone sequence"), rows, steps)
+    interval = (value * math.exp(-radius), value * _exp(radius))
+    return AutocorrelationTime(
+        Estimate(value, value * spread, interval, n, "positive pairs, half as many again"), rows, steps
+    )
+
+
+def _time_to(lags: int, gamma: Floats) -> Floats:
+    return np.asarray(np.maximum(-1 + 2 * gamma[:, :lags].sum(1) / gamma[:, 0], 1 / gamma.shape[1]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -227,8 +241,8 @@ def log_rank_test(
     `ended` (N,) is True where an end-of-sequence token stopped the row, False at the length limit (censored). At each
     t: ends of x minus their hypergeometric mean, over the square root of the summed variances. The normal tail is
     asymptotic: with fewer than 100 ends don't ask for levels below 1e-3. `min_detectable` is the ratio of hazards > 1
-    found with power 0.8, ``exp((z_{level/2} + z_.8)/sqrt(V))`` (Schoenfeld 1981). Rows are independent. No end gives
-    p-value 1.
+    found with power 0.8, ``exp((z_{level/2} + z_.8)/sqrt(V))`` (Schoenfeld 1981). No end gives p-value 1. Rows are
+    independent: of rows that share component draws take `Trace.one_per_group`.
 
     >>> rng = np.random.default_rng(0)
     >>> x, y = rng.geometric(0.1, 300), rng.geometric(0.2, 300)
@@ -288,7 +302,7 @@ def design_effect(values: ArrayLike, batch: ArrayLike, *, confidence: float = 0.
     logs = np.log(_design(ratios, size))
     stderr = math.sqrt((count - 1) ** 2 / count * float(logs.var(ddof=1)))
     radius = float(stats.t.ppf(0.5 + confidence / 2, count - 1)) * stderr
-    interval = (float(value * math.exp(-radius)), float(value * math.exp(radius)))
+    interval = (float(value * math.exp(-radius)), float(value * _exp(radius)))
     return Estimate(float(value), float(value * stderr), interval, n, "one-way analysis of variance")
 
 
@@ -353,6 +367,11 @@ def clustered_difference(
     radius = float(stats.t.ppf(0.5 + confidence / 2, df)) * stderr
     difference = Estimate(value, stderr, (value - radius, value + radius), rows, f"clustered, difference of {of}s")
     return ClusteredDifference(difference, 2 * float(stats.t.sf(abs(value) / stderr, df)))
+
+
+def _exp(x: float) -> float:
+    """Few rows and a high confidence leave an end without bound."""
+    return math.exp(x) if x < 700 else math.inf
 
 
 def _f_ratio(count: int, n: Any, total: Any, between: Any, inner: Any) -> Any:

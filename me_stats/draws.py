@@ -130,7 +130,7 @@ class RowStreams:
         return inverse_cdf(log_law, uniforms.to(log_law.device, non_blocking=True), index=index)
 
     def uniforms(self, rows: np.ndarray, step: int, *, stream: Stream) -> np.ndarray:
-        """Uniforms (B,) float64 in [0, 1) on a grid of 2⁻⁵³, for `rows` at `step`."""
+        """Uniforms (B,) float64 in [0, 1) on a grid of 2⁻⁵³, for `rows` at `step`; equal rows get equal ones."""
         if not len(rows):
             return np.empty(0)
         block, offset = divmod(step, BLOCK)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from me_stats.families import Bools, Family, Floats, Laws
 from me_stats.models.ensemble import chunked_paths
-from me_stats.trace import Trace, score
+from me_stats.trace import Trace, require_independent_rows, score
 
 _LARGEST = 700.0  # log of the largest ratio: cutting q only lowers E, and only a component of no weight gets there
 
@@ -103,7 +103,11 @@ class Evidence:
 
     @classmethod
     def from_trace(cls, trace: Trace) -> Evidence:
-        """From what a sampler wrote, scored under its own model (score families only)."""
+        """From what a sampler wrote, scored under its own model (score families only).
+
+        Raises ValueError for rows that share component draws: an e-process multiplies over rows.
+        """
+        require_independent_rows(trace, "Evidence.from_trace")
         return cls.from_scores(trace.component_log_probs, trace.score.log_weights, trace.tokens)
 
     @classmethod

@@ -123,8 +123,8 @@ def sampler_law(sampler: Sampler, prompt: Prompt, *, max_new_tokens: int, max_pa
     """Exact law of what `sampler` writes, by walking every random path of its own code.
 
     Row number r of one big run is read as a mixed-radix number whose digits are the row's choices, so the
-    rows together take every path once. Works for any sampler whose rows are independent and whose choices
-    all pass through its draw.
+    rows together take every path once. Works for any sampler whose choices all pass through its draw and whose
+    rows do not read each other; of rows that share component draws (`MESampler`) it walks one of each group.
 
     Raises
     ------
@@ -142,8 +142,9 @@ def sampler_law(sampler: Sampler, prompt: Prompt, *, max_new_tokens: int, max_pa
     """
     paths = 1
     while True:
-        walk = _Walk(paths)
-        trace = sampler.sample([prompt], n=paths, max_new_tokens=max_new_tokens, draw=walk)
+        walk = _Walk(paths, sampler.shared_rows)
+        numbers = np.arange(paths) * sampler.shared_rows
+        trace = sampler.sample([prompt], n=paths, max_new_tokens=max_new_tokens, rows=numbers, draw=walk)
         needed = float(walk.radix.max())
         if needed <= paths:
             break
@@ -167,9 +168,13 @@ def sampler_law(sampler: Sampler, prompt: Prompt, *, max_new_tokens: int, max_pa
 
 
 class _Walk:
-    """A draw that takes, on row r, the choices that r spells out, and keeps their probability."""
+    """A draw that takes, on row r, the choices that r spells out, and keeps their probability.
 
-    def __init__(self, paths: int) -> None:
+    With `shared_rows` B, row r has the number r·B and the group r.
+    """
+
+    def __init__(self, paths: int, shared_rows: int = 1) -> None:
+        self.shared_rows = shared_rows
         self.remaining = np.arange(paths, dtype=np.int64)
         self.radix = np.ones(paths)  # floats: the product of counts may pass 2⁶³, and then is only compared
         self.log_weight = np.zeros(paths)
@@ -177,6 +182,7 @@ class _Walk:
     def __call__(
         self, log_law: Tensor, rows: np.ndarray, step: int, *, stream: Stream, index: Tensor | None = None
     ) -> Tensor:
+        rows = rows if stream == "component" else rows // self.shared_rows
         laws = log_law.double().cpu().log_softmax(-1).numpy()
         # Possible choices first, in id order, so that a digit below `count` names one of them.
         order = np.argsort(~(laws > -np.inf), axis=1, kind="stable")

@@ -12,6 +12,7 @@ from me_stats.eprocess import EProcess, log_threshold
 from me_stats.evidence import collect
 from me_stats.families import SCORE_FAMILIES, Family
 from me_stats.samplers.base import Sampler
+from me_stats.trace import require_independent_rows
 from me_stats.vocabulary import Prompt, as_prompts
 
 
@@ -52,7 +53,8 @@ def watch(
 ) -> WatchResult:
     """Draw from `sampler` until E >= 1/alpha or `max_tokens` were drawn; a right sampler is rejected with P <= alpha.
 
-    Batches of `batch` continuations of each prompt, with fresh row numbers, are scored by teacher forcing.
+    Batches of `batch` continuations of each prompt, with fresh row numbers, are scored by teacher forcing. Raises
+    ValueError for counts below 1, or a sampler whose rows share component draws.
 
     Parameters
     ----------
@@ -79,6 +81,7 @@ def watch(
     (True, 'hidden Markov', True)
     """
     log_threshold(alpha)
+    require_independent_rows(sampler, "watch")
     for name, value in (("max_tokens", max_tokens), ("batch", batch)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import inspect
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -112,6 +113,14 @@ def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
             "longest": 512, "epochs": 16, "width": 16, "betas": (0.0, 0.05, 1.0), "first": 4000, "diverse_rows": 16,
             "diverse_steps": 48,
         },
+        "long": {
+            "rows": 128, "steps": 512, "batch": 64, "blocks": 8, "scored": 64, "paired": 64, "control": 32,
+        },
+        "shared_draws": {
+            "coverage_runs": 60, "runs": 200, "power_runs": 60, "shift": 0.35, "sibling_groups": 24,
+            "timed_groups": 2, "repeats": 1,
+        },
+        "variance_reduction": {"rows": 48, "steps": 64, "path_rows": 4, "toys": 1, "toy_runs": 100},
     }  # fmt: skip
     chosen = small if quick else {name: {} for name in small}
     return [_part(name, "siblings", SIBLINGS, where, **options) for name, options in chosen.items()]
@@ -127,12 +136,20 @@ def _language_models(models: Sequence[str], where: dict[str, Any]) -> list[Part]
         "transform_order": {"rows": 8, "steps": 32},
         "generation": {"steps": 16},
         "weights": {"text_bytes": 3000, "document_bytes": 300, "runs": 0},
-    }
+        "long": {
+            "rows": 48, "steps": 1024, "batch": 48, "window": None, "hop": None, "scored": 48, "paired": 24,
+            "control": 16,
+        },
+    }  # fmt: skip
     return [_part(name, tag, tuple(models), where, **options) for name, options in chosen.items()]
 
 
 def _instruments(seed: int, *, quick: bool) -> list[Part]:
     small: dict[str, dict[str, Any]] = {
+        "long_toys": {
+            "rows": 2000, "steps": 512, "long_steps": 100_000, "window": 1000, "waits": (100, 1000, 10_000, 100_000),
+        },
+        "long_coverage": {"repeats": 400},
         "generate_judged": {"rows": 500, "assisted_rows": 30},
         "calibration": {
             "runs": 500, "zipf_runs": 80, "sequence_runs": 80, "pool_rows": 300, "two_sample_runs": 40,
@@ -179,8 +196,11 @@ def finished(part: Part, records: Path) -> Record | None:
 
 def run_part(part: Part, records: Path, progress: Progress) -> Record:
     """Run a part and write its record."""
+    run = load("experiments", part.experiment).run
+    # Long parts keep what they have done in a folder of their own.
+    resumable = {"work": records.parent / "work"} if "work" in inspect.signature(run).parameters else {}
     with _threads(part):
-        record: Record = load("experiments", part.experiment).run(part.config, progress)
+        record: Record = run(part.config, progress, **resumable)
     record = dataclasses.replace(record, name=part.name)
     record.save(records / f"{part.name}.json")
     return record
@@ -212,6 +232,11 @@ ORDER = (
     "weights",
     "sensitivity",
     "routers",
+    "long",
+    "shared_draws",
+    "variance_reduction",
+    "long_toys",
+    "long_coverage",
     *ABOUT_TESTS,
 )
 

@@ -27,7 +27,7 @@ from me_stats.sensitivity.readings import (
 )
 from me_stats.sensitivity.reweight import shown
 from me_stats.sequence_divergence import sequence_tv
-from me_stats.trace import Trace
+from me_stats.trace import Trace, require_independent_rows
 from me_stats.vocabulary import Prompt, as_prompts
 
 
@@ -183,7 +183,8 @@ def sweep(
     Raises
     ------
     ValueError
-        Weights off the simplex, an empty or repeated grid, a name that is taken, or fewer than two rows.
+        Weights off the simplex, an empty or repeated grid, a name that is taken, fewer than two rows, or a `sampler`
+        whose rows share component draws.
 
     Examples
     --------
@@ -253,6 +254,7 @@ class _Walk:
         """Rows drawn at `weights`, with what does not depend on where they are read."""
         if weights not in self._traces:
             drawing = self.sampler(Ensemble(self.ensemble.components, ConstantMixing(weights)))
+            require_independent_rows(drawing, "sweep")
             trace = drawing.sample(self.prompts, n=self.n, max_new_tokens=self.max_new_tokens, seed=self.seed)
             rows = trace.sequences()
             self._values[weights] = {

@@ -1,12 +1,30 @@
-"""What a sampler did, and the component log-probabilities of what it wrote."""
+"""What a sampler did, and the component log-probabilities of what it wrote.
+
+Rows that share component draws
+-------------------------------
+Under ``MESampler(ensemble, shared_rows=B)`` every row has its usual law, and rows of one of `Trace.groups` depend on
+each other: a test that counts them as independent rejects a right sampler far too often.
+
+Corrects, by counting groups: `lags.lag_test` (one path a group), `lags.prefill_per_step`, `exact.sampler_law` (walks
+one row of each group).
+
+Refuses, through `require_independent_rows`: `Evidence.from_trace`, `sensitivity.reweight` (and `Reweighted`),
+`score_function_gradient` and `common_random_number_difference`, what `reduction` reads from traces, `sweep`, `watch`,
+`testing.check_sampler`, and `testing.fuzz_sampler` where it draws.
+
+Functions of plain arrays cannot see groups. `dependence.design_effect`, `clustered_mean`, `clustered_difference` and
+`per_sequence.sequence_tests` take them; give everything else (`martingale`, `log_rank_test`, `variance_ratio`, the rest
+of `dependence`, ...) the rows of `Trace.one_per_group`, which are independent.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -70,6 +88,8 @@ class Trace:
         (N,) global row numbers: with the seed they address the row's random numbers.
     cost
         Forwards, tokens forwarded and laws read.
+    shared_rows
+        Rows whose number // shared_rows agree shared the component uniforms of every step; 1 for independent rows.
     """
 
     model: Any
@@ -82,6 +102,39 @@ class Trace:
     seed: int | None
     cost: Cost
     sampler: str
+    shared_rows: int = 1
+
+    @property
+    def groups(self) -> Tensor:
+        """(N,) int64, which rows shared component draws: row number // `shared_rows`."""
+        return torch.div(self.rows, self.shared_rows, rounding_mode="floor")
+
+    def one_per_group(self) -> Trace:
+        """The row of the lowest number of each group: an independent sample, in the order of this trace.
+
+        Which row stays does not depend on what was written. `cost` remains that of the whole run.
+
+        >>> from me_stats import ConstantMixing, Ensemble, MESampler
+        >>> from me_stats.models import MarkovModel
+        >>> toy = Ensemble([MarkovModel.random(3, seed=s) for s in (0, 1)], ConstantMixing([0.3, 0.7]))
+        >>> trace = MESampler(toy, shared_rows=4).sample([0], n=8, max_new_tokens=5)
+        >>> trace.groups.tolist(), trace.one_per_group().rows.tolist()
+        ([0, 0, 0, 0, 1, 1, 1, 1], [0, 4])
+        """
+        numbers, groups = self.rows.numpy(), self.groups.numpy()
+        order = np.argsort(numbers, kind="stable")
+        first = np.unique(groups[order], return_index=True)[1]
+        kept = torch.from_numpy(np.sort(order[first]))
+        lengths = self.lengths[kept]
+        longest = int(lengths.max()) if len(lengths) else 0
+        return replace(
+            self,
+            tokens=self.tokens[kept, :longest],
+            lengths=lengths,
+            components=None if self.components is None else self.components[kept, :longest],
+            prompt_index=self.prompt_index[kept],
+            rows=self.rows[kept],
+        )
 
     @property
     def stop_reason(self) -> list[str]:
@@ -121,6 +174,29 @@ class Trace:
     def row_prompts(self) -> list[tuple[int, ...]]:
         """Token ids of the prompt that each row continued."""
         return [self.prompts[i] for i in self.prompt_index.tolist()]
+
+
+def require_independent_rows(given: Any, caller: str) -> None:
+    """ValueError where rows of `given`, a Trace or a Sampler, share component draws, which `caller` does not correct.
+
+    A trace passes if no two of its rows are of one group, as after `Trace.one_per_group`. What is neither passes.
+    """
+    if isinstance(given, Trace):
+        groups = len(torch.unique(given.groups))
+        if groups < len(given.rows):
+            raise ValueError(
+                f"{caller} counts rows as independent, and the {len(given.rows)} rows of this trace share the "
+                f"component draws of {groups} groups (shared_rows={given.shared_rows}): its errors would be too small. "
+                "Give it trace.one_per_group(), or compare one value a row with dependence.clustered_mean or "
+                "per_sequence.sequence_tests(x_groups=..., y_groups=...)"
+            )
+    elif (shared := getattr(given, "shared_rows", 1)) > 1:
+        raise ValueError(
+            f"{caller} counts rows as independent, and {type(given).__name__} has shared_rows={shared}: rows of a "
+            "group share component draws. Every row has the same law without them: give it the sampler with "
+            "shared_rows=1, or test a trace with trace.one_per_group(), dependence.clustered_mean or "
+            "per_sequence.sequence_tests(x_groups=..., y_groups=...)"
+        )
 
 
 def score(model: Any, prompts: Prompt | Sequence[Prompt], tokens: Sequence[Sequence[int]] | Tensor) -> Score:

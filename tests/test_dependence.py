@@ -80,6 +80,34 @@ def test_pooled_times_are_covered(phi: float, steps: int) -> None:
         assert np.mean([time.rows.mean() for time in times]) == pytest.approx(truth, rel=0.1)
 
 
+@pytest.mark.parametrize(("phi", "rows", "steps"), [(0.0, 64, 64), (0.1, 64, 256), (0.9, 64, 256), (0.5, 16, 1024)])
+def test_the_interval_of_the_pooled_time_does_not_trust_the_cut(phi: float, rows: int, steps: int) -> None:
+    rng = np.random.default_rng(9)
+    truth = (1 + phi) / (1 - phi)
+    repeats = 400
+    inside = covered(
+        truth, lambda: autocorrelation_time(autoregressive(rng, rows, steps, phi)).pooled.interval, repeats
+    )
+    assert 362 <= inside <= 395  # 380 expected, standard deviation 4.4
+
+
+def test_a_row_that_never_moves_is_worth_one_token_and_counts() -> None:
+    rng = np.random.default_rng(10)
+    v = autoregressive(rng, 40, 64, 0.9)
+    sluggish = np.vstack([v, np.full((10, 64), 1.5)])
+    time = autocorrelation_time(sluggish)
+    assert time.rows[40:].tolist() == [64.0] * 10
+    assert time.effective[40:].tolist() == [1.0] * 10
+    np.testing.assert_allclose(time.rows[:40], autocorrelation_time(v).rows)
+    assert time.pooled.value > autocorrelation_time(v).pooled.value
+    assert autocorrelation_time(np.repeat(rng.normal(size=(9, 1)), 64, axis=1)).rows.tolist() == [64.0] * 9
+
+
+def test_few_rows_at_a_high_confidence_have_no_upper_end() -> None:
+    v = autoregressive(np.random.default_rng(1), 3, 64, 0.9)
+    assert autocorrelation_time(v, confidence=1 - 1e-9).pooled.interval == (0.0, np.inf)
+
+
 def test_drift_is_calibrated_under_any_dependence_and_finds_a_trend() -> None:
     rng = np.random.default_rng(3)
     alarms, together = 0, 0
@@ -205,7 +233,7 @@ def test_bad_input_names_the_argument() -> None:
     x = rng.normal(size=8)
     ended = np.ones(3, dtype=bool)
     calls: list[tuple[Callable[[], object], str]] = [
-        (lambda: autocorrelation_time(ones), "row 0 of values is constant"),
+        (lambda: autocorrelation_time(ones), "values are all 1"),
         (lambda: autocorrelation_time(ones[:, :3]), "at least 4 steps"),
         (lambda: autocorrelation_time(np.full((4, 8), np.nan)), "values must be"),
         (lambda: geyer_time([[0.0, 0.0]]), "row 0 has no variance"),

@@ -173,6 +173,20 @@ def test_forecasts_hold_on_long_rows() -> None:
     assert longest_wait(1.0, 5).mean == 0.0
 
 
+@pytest.mark.parametrize("weight", [0.02, 0.2, 0.5, 0.7, 0.97])
+def test_the_law_of_long_rows_is_that_of_the_whole_recursion(weight: float) -> None:
+    steps, q = 30_000, 1 - weight
+    law = longest_wait(weight, steps)
+    for run in {1, 2, law.quantile(1e-6) + 1, law.quantile(0.5) + 1, law.quantile(1 - 1e-9) + 1}:
+        none = [1.0] * (run + 1)
+        none[run] = 1 - q**run
+        for t in range(run + 1, steps + 1):
+            none.append(none[t - 1] - weight * q**run * none[t - run - 1])
+        assert law.cdf[run - 1] == pytest.approx(none[steps], rel=1e-8, abs=1e-12)
+    growth = longest_wait(weight, 10**7).mean - longest_wait(weight, 10**6).mean
+    assert growth == pytest.approx(np.log(10) / -np.log(q), rel=0.02 if weight < 0.9 else 0.3)
+
+
 def test_the_prefill_is_what_the_caches_forward() -> None:
     model = ensemble()
     trace = MESampler(model).sample(PROMPTS, n=3, max_new_tokens=10, seed=1)

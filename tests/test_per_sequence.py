@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -80,6 +83,84 @@ def test_permutation_pvalues_are_those_of_scipy() -> None:
     assert constant.pvalue == 1.0
 
 
+# --- groups that share draws --------------------------------------------------------------------------------
+
+
+def shifted(rng: np.random.Generator, groups: np.ndarray, *, rho: float = 0.4, by: float = 0.0) -> np.ndarray:
+    """Values (N,) of variance 1 about `by`, with correlation rho within each of `groups` (N,)."""
+    common = rng.normal(size=groups.max() + 1)[groups]
+    return np.asarray(by + np.sqrt(rho) * common + np.sqrt(1 - rho) * rng.normal(size=len(groups)))
+
+
+UNEQUAL = np.repeat(np.arange(30), np.tile([2, 12, 12], 10))
+
+
+@pytest.mark.parametrize("groups", [np.repeat(np.arange(24), 10), UNEQUAL], ids=["equal", "unequal"])
+def test_whole_groups_hold_the_level_and_single_sequences_do_not(groups: np.ndarray) -> None:
+    rng, corrected, naive, runs = np.random.default_rng(5), 0, 0, 300
+    options: dict[str, Any] = {"level": 0.05, "permutations": 99, "rng": rng}
+    for _ in range(runs):
+        pair = {"a": (shifted(rng, groups), shifted(rng, groups))}
+        corrected += sequence_tests(pair, x_groups=groups, y_groups=groups, **options).rejected
+        naive += sequence_tests(pair, **options).rejected
+    assert corrected <= stats.binom.isf(1e-6, runs, 0.05)
+    assert naive > runs / 4
+
+
+def test_a_shift_of_the_detectable_size_is_found_from_groups_with_its_power() -> None:
+    rng, found, groups = np.random.default_rng(6), 0, np.repeat(np.arange(60), 8)
+    options: dict[str, Any] = {"x_groups": groups, "y_groups": groups, "level": 0.02, "permutations": 399, "rng": rng}
+    sizes = [sequence_tests({"a": (shifted(rng, groups), shifted(rng, groups))}, **options).tests for _ in range(20)]
+    shift, distance = (float(np.mean([tests[i].min_detectable for tests in sizes])) for i in (0, 1))
+    # (z_.005 + z_.8) sqrt(2/480) sqrt(1 + 7 rho)
+    assert shift == pytest.approx((2.576 + 0.842) * np.sqrt(2 / 480 * 3.8), rel=0.1)
+    alone = sequence_tests({"a": (rng.normal(size=480), rng.normal(size=480))}, level=0.02, rng=rng)
+    assert 1.3 < distance / alone.tests[1].min_detectable < 2.1
+    for _ in range(60):
+        result = sequence_tests({"a": (shifted(rng, groups), shifted(rng, groups, by=shift))}, **options)
+        found += result.tests[0].pvalue <= 0.01
+    assert 38 <= found <= 58  # 48 expected, standard deviation 3.1
+    assert result.groups == (60, 60)
+    assert (result.n, result.m) == (480, 480)
+
+
+def test_pvalues_of_groups_are_those_of_all_relabellings() -> None:
+    rng, groups = np.random.default_rng(7), np.repeat(np.arange(5), 3)
+    x, y = shifted(rng, groups).round(1), shifted(rng, groups, by=0.7).round(1)
+    pooled = np.concatenate([x, y]).reshape(10, 3)
+    means, distances = [], []
+    for chosen in itertools.combinations(range(10), 5):
+        rest = [i for i in range(10) if i not in chosen]
+        a, b = pooled[list(chosen)].ravel(), pooled[rest].ravel()
+        means.append(abs(a.mean() - b.mean()))
+        distances.append(stats.ks_2samp(a, b).statistic)
+    found = sequence_tests(
+        {"a": (x, y)}, x_groups=groups, y_groups=groups + 90, level=0.2, permutations=20_000, rng=rng
+    )
+    for test, all_of_them in zip(found.tests, (means, distances), strict=True):
+        assert abs(test.statistic) == pytest.approx(all_of_them[0])
+        assert test.pvalue == pytest.approx((np.array(all_of_them) >= all_of_them[0] - 1e-9).mean(), abs=0.015)
+
+
+def test_groups_of_one_sequence_are_no_groups() -> None:
+    rng = np.random.default_rng(8)
+    x, y = rng.normal(size=40), rng.normal(0.5, 1, size=50)
+    options: dict[str, Any] = {"level": 0.01, "permutations": 999}
+    plain = sequence_tests({"a": (x, y)}, rng=np.random.default_rng(0), **options)
+    single = sequence_tests(
+        {"a": (x, y)}, x_groups=np.arange(40), y_groups=np.arange(50), rng=np.random.default_rng(0), **options
+    )
+    assert single.tests[0] == plain.tests[0]
+    assert single.tests[1].statistic == pytest.approx(plain.tests[1].statistic)
+    assert single.tests[1].min_detectable == plain.tests[1].min_detectable
+    assert single.tests[1].pvalue == pytest.approx(plain.tests[1].pvalue, abs=0.03)
+    constant = sequence_tests(
+        {"a": (np.ones(40), np.ones(40))}, x_groups=np.arange(40) // 2, y_groups=np.arange(40) // 2,
+        rng=np.random.default_rng(0), **options,
+    )  # fmt: skip
+    assert constant.pvalue == 1.0
+
+
 def test_bad_input_names_the_argument() -> None:
     rng = np.random.default_rng(0)
     good = rng.normal(size=20)
@@ -94,3 +175,11 @@ def test_bad_input_names_the_argument() -> None:
         sequence_tests({"a": (good, good), "b": (good, good[:9])}, rng=rng)
     with pytest.raises(ValueError, match="permutations is 99"):
         sequence_tests({"a": (good, good)}, permutations=99, rng=rng)
+    with pytest.raises(ValueError, match="given together"):
+        sequence_tests({"a": (good, good)}, x_groups=np.arange(20), rng=rng)
+    with pytest.raises(ValueError, match="y_groups must name one group for each of the 20 rows"):
+        sequence_tests({"a": (good, good)}, x_groups=np.arange(20), y_groups=np.arange(9), rng=rng)
+    with pytest.raises(ValueError, match="x_groups must name at least two groups"):
+        sequence_tests({"a": (good, good)}, x_groups=np.zeros(20), y_groups=np.arange(20), rng=rng)
+    with pytest.raises(ValueError, match=r"4 and 4 groups allow 70 relabellings.*too few"):
+        sequence_tests({"a": (good, good)}, x_groups=np.arange(20) // 5, y_groups=np.arange(20) // 5, rng=rng)

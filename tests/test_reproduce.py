@@ -19,7 +19,7 @@ from tests import tiny
 
 EXPERIMENTS = list(tiny.OPTIONS)
 # After the toys: what runs on any models, what runs on the siblings alone, what tests our tests.
-ON_MODELS, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:7], EXPERIMENTS[7:10], EXPERIMENTS[10:]
+ON_MODELS, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:7], EXPERIMENTS[7:13], EXPERIMENTS[13:]
 
 
 def silent(fraction: float, note: str) -> None:
@@ -69,7 +69,7 @@ def test_default_plan_adds_the_language_model() -> None:
     parts = job.plan()
     added = [part for part in parts if part.tag == "smollm2-135m"]
     assert [part.name for part in parts if part not in added] == [part.name for part in job.plan(quick=True)]
-    assert [part.experiment for part in added] == [*ON_MODELS, "weights"]
+    assert [part.experiment for part in added] == [*ON_MODELS, "weights", "long"]
     assert {part.config.models for part in added} == {job.LANGUAGE_MODEL}
 
 

@@ -125,6 +125,24 @@ def test_the_interval_of_a_share_is_calibrated_without_normality(share: float) -
     assert 930 <= covers(share, [interval() for _ in range(1000)]) <= 970
 
 
+def test_the_interval_of_a_share_is_calibrated_with_few_pairs_and_within_groups() -> None:
+    rng = np.random.default_rng(11)
+    groups = np.repeat(np.arange(8), 8)
+    apart, skewed = [], []
+    for _ in range(1000):
+        common, x, y = rng.normal(size=(3, 64))
+        level = 5 * rng.normal(size=8)[groups]
+        pair = (level + np.sqrt(0.6) * common + np.sqrt(0.4) * own for own in (x, y))
+        apart.append(shared_variance(*pair, groups=groups).interval)
+        # Squares have 0.25, and tails for which 64 pairs are few; the delta method covers in 83%.
+        skewed.append(shared_variance(*((np.sqrt(0.5) * (common + own)) ** 2 for own in (x, y))).interval)
+    assert 930 <= covers(0.6, apart) <= 975
+    assert covers(0.25, skewed) >= 855
+    assert shared_variance([1.0, 2.0], [1.0, 3.0]).interval == (-1.0, 1.0)
+    low, high = shared_variance([1.0, 1.0, 1.0, 2.0], [1.0, 1.0, 1.0, 3.0]).interval
+    assert -1 <= low < high <= 1
+
+
 def test_the_same_component_draws_give_the_same_path_and_only_that() -> None:
     sampler = MESampler(toy(eos=()))
     runs = [

@@ -34,6 +34,20 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "documents": 96, "longest": 448, "epochs": 16, "width": 16, "betas": (0.0, 0.05, 1.0), "prompts": 1,
         "rows": 200, "steps": 16, "first": 2000, "diverse_rows": 4, "diverse_steps": 12, "shown": 160,
     },
+    "long": {
+        "rows": 32, "steps": 96, "batch": 16, "blocks": 6, "window": 48, "hop": 32, "scored": 16, "paired": 16,
+        "control": 24,
+    },
+    "shared_draws": {
+        "batches": (2, 8), "groups": 30, "rows": 240, "coverage_runs": 40, "runs": 60, "power_runs": 60, "shift": 0.35,
+        "permutations": 99, "sibling_groups": 5, "steps": 16, "timed_groups": 1, "repeats": 1,
+    },
+    "variance_reduction": {"rows": 16, "steps": 24, "path_rows": 4, "toys": 1, "toy_runs": 40, "toy_rows": 60},
+    "long_toys": {
+        "rows": 500, "steps": 64, "long_rows": 8, "long_steps": 10_000, "window": 1000, "waits": (100, 1000, 10_000),
+        "test_rows": 200, "test_level": 1e-3,
+    },
+    "long_coverage": {"repeats": 120, "steps": 224, "pairs": 2000, "many": 600},
     "generate_judged": {"prompts": 1, "rows": 600, "assisted_rows": 30, "steps": 16},
     "calibration": {
         "runs": 450, "zipf_runs": 30, "sequence_runs": 48, "pool_rows": 96, "two_sample_runs": 12, "far_runs": 4000,
@@ -65,6 +79,11 @@ APART = {
     "weights": "test_weights_experiment.py",
     "sensitivity": "test_sensitivity_experiment.py",
     "routers": "test_routers.py",
+    "long": "test_long.py",
+    "shared_draws": "test_shared_draws.py",
+    "variance_reduction": "test_variance_reduction.py",
+    "long_toys": "test_long_toys.py",
+    "long_coverage": "test_long_coverage.py",
 }
 
 

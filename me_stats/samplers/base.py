@@ -14,6 +14,7 @@ from torch import Tensor
 from me_stats.draws import Draw, RowStreams
 from me_stats.models.base import Cost, Session, open_session, require_language_model
 from me_stats.models.conditioned import Conditioned
+from me_stats.models.windowed import Windowed
 from me_stats.samplers import tabular
 from me_stats.trace import Trace
 from me_stats.vocabulary import Prompt, as_prompts
@@ -54,6 +55,8 @@ class Sampler(ABC):
     model
         Any LanguageModel (see `me_stats.models`).
     """
+
+    shared_rows: int = 1  # rows that share component draws; see MESampler
 
     def __init__(self, model: Any) -> None:
         require_language_model(model)
@@ -144,6 +147,7 @@ class Sampler(ABC):
             seed=seed if draw is None else None,
             cost=cost,
             sampler=type(self).__name__,
+            shared_rows=self.shared_rows,
         )
 
     def _run(
@@ -232,6 +236,8 @@ def rows_that_fit(model: Any, length: int, *, default: int = 1 << 20) -> int:
         return max(1, int(model.rows_that_fit(length)))
     if isinstance(model, Conditioned):
         length += len(model.context)
+    elif isinstance(model, Windowed):
+        length = min(length, model.window)
     inner = [*getattr(model, "components", ()), *filter(None, [getattr(model, "model", None)])]
     return min((rows_that_fit(part, length, default=default) for part in inner), default=default)
 

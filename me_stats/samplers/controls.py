@@ -20,7 +20,7 @@ class SequenceMixtureSampler(MESampler):
     """
 
     def _plan(self) -> tabular.Plan | None:
-        return tabular.Plan.ancestral(self.model, redraw=False)
+        return tabular.Plan.ancestral(self.model, redraw=False, shared_rows=self.shared_rows)
 
     def _components(
         self, log_weights: Tensor, rows: np.ndarray, positions: np.ndarray, step: int, draw: Draw,

@@ -25,29 +25,52 @@ class MESampler(Sampler):
     ----------
     ensemble
         An Ensemble: transforms must stand inside it, on single components (transform-then-mix).
+    shared_rows
+        B >= 1: rows whose global number // B agree share the component uniform of every step. Every row keeps its law
+        and depends on its own number, the seed and its prompt alone; rows of a group depend on each other, so a mean
+        over them is worth fewer rows (`dependence.design_effect`), and tests that count rows refuse them (see
+        `me_stats.trace`). With constant weights a group runs one component a step: B rows that are one batch
+        (``batch_size=B``) cost one forward a step, where B rows with draws of their own cost
+        :math:`\sum_i 1 - (1-λ_i)^B`, a component's first read of a prompt aside.
 
     Raises
     ------
     TypeError
         For anything else. A transform of the mixture needs all K laws at every step.
+    ValueError
+        If `shared_rows` is not an integer of at least 1.
 
-    Source: arXiv 2605.00419, section 2.2.
+    Source: arXiv 2605.00419, section 2.2; `shared_rows` is ours.
+
+    >>> from me_stats import ConstantMixing
+    >>> from me_stats.models import MarkovModel
+    >>> toy = Ensemble([MarkovModel.random(3, seed=s) for s in (0, 1)], ConstantMixing([0.5, 0.5]))
+    >>> given = dict(n=32, max_new_tokens=100, batch_size=32)
+    >>> [MESampler(toy, shared_rows=b).sample([0], **given).cost.forwards for b in (1, 32)]
+    [200, 100]
     """
 
-    def __init__(self, ensemble: Ensemble) -> None:
+    def __init__(self, ensemble: Ensemble, *, shared_rows: int = 1) -> None:
         if not isinstance(ensemble, Ensemble):
             raise TypeError(_refusal(type(self).__name__, ensemble))
+        if not isinstance(shared_rows, (int, np.integer)) or shared_rows < 1:
+            raise ValueError(f"shared_rows must be an integer of at least 1, got {shared_rows!r}")
         super().__init__(ensemble)
+        self.shared_rows = int(shared_rows)
+
+    def __repr__(self) -> str:
+        shown = super().__repr__()
+        return shown if self.shared_rows == 1 else f"{shown[:-1]}, shared_rows={self.shared_rows})"
 
     def _plan(self) -> tabular.Plan | None:
-        return tabular.Plan.ancestral(self.model)
+        return tabular.Plan.ancestral(self.model, shared_rows=self.shared_rows)
 
     def _components(
         self, log_weights: Tensor, rows: np.ndarray, positions: np.ndarray, step: int, draw: Draw,
         memory: dict[str, Any],
     ) -> np.ndarray:  # fmt: skip
         """The component (B,) that writes each row's next token."""
-        return draw(log_weights, rows, step, stream="component").cpu().numpy()
+        return draw(log_weights, rows // self.shared_rows, step, stream="component").cpu().numpy()
 
     def _step(
         self, batch: Batch, positions: np.ndarray, step: int, draw: Draw, memory: dict[str, Any]

@@ -71,7 +71,8 @@ class Plan:
     """A sampler reduced to K tables, weights over them, and how often the component is drawn.
 
     `weights` is None where tokens come from one table. `redraw` False keeps the first component of a row.
-    `reads` counts the tables behind each of the K; `read_all` says that every token reads all of them.
+    `reads` counts the tables behind each of the K; `read_all` says that every token reads all of them. Rows whose
+    number // `shared_rows` agree share component uniforms.
     """
 
     tables: list[TableModel]
@@ -79,6 +80,7 @@ class Plan:
     weights: Tensor | None = None
     redraw: bool = True
     read_all: bool = False
+    shared_rows: int = 1
 
     @classmethod
     def marginal(cls, model: Any) -> Plan | None:
@@ -87,7 +89,9 @@ class Plan:
         return None if table is None else cls([table], (_count_tables(model),), read_all=True)._if_small()
 
     @classmethod
-    def ancestral(cls, ensemble: Ensemble, *, redraw: bool = True, read_all: bool = False) -> Plan | None:
+    def ancestral(
+        cls, ensemble: Ensemble, *, redraw: bool = True, read_all: bool = False, shared_rows: int = 1
+    ) -> Plan | None:
         """A component per token (or per row), then its law."""
         if type(ensemble) is not Ensemble or type(ensemble.mixing) is not ConstantMixing:
             return None
@@ -95,7 +99,7 @@ class Plan:
         if tables is None:
             return None
         reads = tuple(map(_count_tables, ensemble.components))
-        return cls(tables, reads, ensemble.mixing.weights, redraw, read_all)._if_small()
+        return cls(tables, reads, ensemble.mixing.weights, redraw, read_all, shared_rows)._if_small()
 
     def _if_small(self) -> Plan | None:
         return self if len(self.tables) * self.tables[0].log_table.numel() <= _MAX_ENTRIES else None
@@ -130,7 +134,8 @@ class Plan:
             for block in range(-(-max_new_tokens // BLOCK)):
                 integers = np.ascontiguousarray(streams.integers(rows[mine], block, stream="token").T)
                 if pick is not None and (self.redraw or block == 0):
-                    chosen = np.ascontiguousarray(streams.integers(rows[mine], block, stream="component").T)
+                    groups = rows[mine] // self.shared_rows
+                    chosen = np.ascontiguousarray(streams.integers(groups, block, stream="component").T)
                     path = pick.find(chosen >> pick.shift, chosen)
                     path = path if self.redraw else np.tile(path[0], (BLOCK, 1))
                 cell = (integers >> look_up.shift) + path * (n_states * look_up.cells)

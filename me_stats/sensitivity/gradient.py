@@ -15,7 +15,7 @@ from me_stats.samplers import MESampler, Sampler
 from me_stats.sensitivity.estimate import Estimate, mean_estimate
 from me_stats.sensitivity.exact import Statistic, checked_direction
 from me_stats.sensitivity.reweight import reweight, values_of
-from me_stats.trace import Trace
+from me_stats.trace import Trace, require_independent_rows
 from me_stats.vocabulary import Prompt
 
 
@@ -97,7 +97,8 @@ def common_random_number_difference(
     Raises
     ------
     ValueError
-        A direction that does not sum to 0, or a step that leaves the simplex.
+        A direction that does not sum to 0, a step that leaves the simplex, or a sampler whose rows share component
+        draws.
 
     Examples
     --------
@@ -119,7 +120,9 @@ def common_random_number_difference(
     values = []
     for end in ends:
         ensemble = Ensemble(components, ConstantMixing(np.maximum(end, 0.0)))
-        trace = sampler(ensemble).sample(prompts, n=n, max_new_tokens=max_new_tokens, seed=seed)
+        drawing = sampler(ensemble)
+        require_independent_rows(drawing, "common_random_number_difference")
+        trace = drawing.sample(prompts, n=n, max_new_tokens=max_new_tokens, seed=seed)
         values.append(values_of(trace, f))
     difference = mean_estimate((values[1] - values[0]) / (2 * step), confidence=confidence)
     return replace(difference, method=f"common random numbers, central difference with step {step:g}")

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from me_stats.mixing import ConstantMixing
 from me_stats.sensitivity.estimate import Estimate, normal_estimate
 from me_stats.sensitivity.exact import Statistic
-from me_stats.trace import Trace
+from me_stats.trace import Trace, require_independent_rows
 
 Floats = NDArray[np.float64]
 
@@ -42,6 +42,9 @@ class Reweighted:
     drawn_weights: tuple[float, ...] | None
     log_ratios: Floats
     covered: bool
+
+    def __post_init__(self) -> None:
+        require_independent_rows(self.trace, "reweight")
 
     @property
     def effective_sample_size(self) -> float:
@@ -220,7 +223,8 @@ def reweight(trace: Trace, weights: ArrayLike) -> Reweighted:
     Raises
     ------
     ValueError
-        Weights off the simplex or not one per component, or a row that the trace's own model excludes.
+        Weights off the simplex or not one per component, a row that the trace's own model excludes, or rows that share
+        component draws.
 
     Examples
     --------
@@ -232,6 +236,7 @@ def reweight(trace: Trace, weights: ArrayLike) -> Reweighted:
     >>> round(other.estimate(sum).value, 1), other.method, round(other.effective_sample_size / 2000, 1)
     (1.5, 're-weighted from λ=(0.5, 0.5)', 0.9)
     """
+    require_independent_rows(trace, "reweight")  # before any model runs
     target = ConstantMixing(np.asarray(weights, dtype=np.float64)).weights
     mixing = getattr(trace.model, "mixing", None)
     scored = trace.score

@@ -305,6 +305,7 @@ class FaultySampler(Sampler):
     ) -> None:
         super().__init__(claimed)
         self.inner, self.draw, self.finish = inner, draw, finish
+        self.shared_rows = inner.shared_rows
 
     def _step(
         self, batch: Batch, positions: np.ndarray, step: int, draw: Draw, memory: dict[str, Any]

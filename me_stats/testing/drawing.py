@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from me_stats.samplers.base import Sampler
+from me_stats.trace import require_independent_rows
 from me_stats.vocabulary import Vocabulary
 
 Rows = list[list[int]]
@@ -29,6 +30,7 @@ class Source:
                 "sampler must be a me_stats sampler or a callable (prompts, *, max_new_tokens, seed) -> ids, got "
                 f"{type(sampler).__name__}; me_stats.testing.adapters wraps other kinds"
             )
+        require_independent_rows(sampler, "check_sampler")
         self.sampler, self.prompts, self.max_new_tokens = sampler, tuple(prompts), max_new_tokens
         self._entropy = (operator.index(seed), stream)
         self._batches = 0

@@ -25,6 +25,7 @@ from me_stats.testing.result import CheckResult, Outcome, SamplerRejected
 from me_stats.testing.search import check_counts, rounded, search
 from me_stats.testing.session_fuzz import fuzz_session
 from me_stats.testing.strategies import ensembles, prompts
+from me_stats.trace import require_independent_rows
 
 __all__ = ["FuzzRejected", "SamplerExample", "fuzz_sampler", "fuzz_session"]
 
@@ -300,6 +301,7 @@ def _drawn(sampler: Any, example: SamplerExample, n: int) -> list[Counter[tuple[
     """How often each row was written, per prompt, in `n` draws of each with the seed of the example itself."""
     steps, seed = example.max_new_tokens, example.seed
     if isinstance(sampler, Sampler):
+        require_independent_rows(sampler, "fuzz_sampler")
         tokens = sampler.sample(example.prompts, n=n, max_new_tokens=steps, seed=seed).tokens.numpy()
         parts = [np.unique(tokens[start : start + n], axis=0, return_counts=True) for start in range(0, len(tokens), n)]
         return [Counter(dict(zip(_tuples(rows), counts.tolist(), strict=True))) for rows, counts in parts]

@@ -88,7 +88,7 @@ def check_sampler(
     SamplerRejected
         With the result as `.result`.
     ValueError, TypeError
-        For arguments or rows that cannot be checked.
+        For arguments or rows that cannot be checked, such as a sampler whose rows share component draws.
 
     Examples
     --------

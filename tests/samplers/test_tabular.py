@@ -28,6 +28,8 @@ SAMPLERS: dict[str, Callable[[Any], Sampler]] = {
     "CE latent": lambda ensemble: CESampler(ensemble, latent=True),
     "ME": MESampler,
     "one component per sequence": SequenceMixtureSampler,
+    "ME with shared draws": lambda ensemble: MESampler(ensemble, shared_rows=3),
+    "one component per sequence and group": lambda ensemble: SequenceMixtureSampler(ensemble, shared_rows=5),
 }
 every_sampler = pytest.mark.parametrize("build", SAMPLERS.values(), ids=SAMPLERS.keys())
 
