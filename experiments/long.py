@@ -189,15 +189,16 @@ def _judge(
         f"{', '.join(f'{w:.1f}' for w in lags['expected longest'])}"
         + ("; a window's hops forward more" if config.window else ""),
     )  # fmt: skip
-    if found.shares:
-        shares = found.shares
-        top = max(shares, key=lambda key: shares[key].value)
-        recorder.find(
-            claim="C14", statement="share of the variance between rows that the component path decides", models=label,
-            n=f"{config.paired:,} pairs of rows", statistic=f"largest: {top}, {_interval(shares[top])}",
-            tv_upper=None, bound=f"{config.confidence:.0%} interval", verdict=_verdict(config), held=True,
-            caveat=meaning(shares, config.confidence),
-        )  # fmt: skip
+    for shares, what in ((found.shares, "row means"), (found.pooled_shares, "block means, all blocks together")):
+        if shares:
+            top = max(shares, key=lambda key: shares[key].value)
+            largest = f"largest: {top}, {_interval(shares[top])}"
+            recorder.find(
+                claim="C14", statement=f"share of the variance of {what} that the component path decides",
+                models=label, n=f"{config.paired:,} pairs of rows", statistic=largest,
+                tv_upper=None, bound=f"{config.confidence:.0%} interval", verdict=_verdict(config), held=True,
+                caveat=meaning(shares, config.confidence),
+            )  # fmt: skip
     if found.control_tests is not None:
         control = found.control_tests
         recorder.check(

@@ -90,10 +90,10 @@ def _shares(ax: Any, found: dict[str, Any]) -> None:
         row = found["shares"][name]
         ax.plot(row["interval"], [place - 0.15] * 2, color=COLORS["ME"], linewidth=1.0)
         ax.plot(row["value"], place - 0.15, MARKERS["ME"], color=COLORS["ME"])
-        blocks = found["block_shares"][name]
+        blocks, pooled = found["block_shares"][name], found["pooled_shares"][name]
         ax.plot(blocks["value"], [place + 0.2] * len(blocks["value"]), MARKERS["component 1"],
                 color=COLORS["component 1"], markersize=2.5, alpha=0.6)  # fmt: skip
-        ax.plot([blocks["lower"][0], blocks["upper"][0]], [place + 0.2] * 2, color=COLORS["component 1"], linewidth=0.8)
+        ax.plot(pooled["interval"], [place + 0.2] * 2, color=COLORS["component 1"], linewidth=2.0)
     ax.axvline(0, color="0.15", linestyle="--", linewidth=0.9)
     ax.set_yticks(np.arange(len(names)), [_NAMES.get(name, name) for name in names])
     ax.set(xlabel="of the variance", ylim=(len(names) - 0.5, -0.5))
@@ -105,7 +105,11 @@ def _memory(ax: Any, lags: dict[str, Any], config: dict[str, Any]) -> None:
     held, known = np.array(lags["held tokens"]), any(lags["held bytes"])
     values = np.array(lags["held bytes"]) / 1e6 if known else held
     ax.plot(t, values, color=COLORS["ME"], marker=MARKERS["ME"])
-    ax.set(xlabel="tokens", title="Cache in use, MB a row" if known else "Tokens in caches, a row", ylim=(0, None))
+    ax.set(
+        xlabel="tokens",
+        title="Cache in use, MB a row" if known else "Tokens in caches, a row",
+        ylim=(0, 1.2 * values.max()),
+    )
 
 
 def _ends(ax: Any, found: dict[str, Any], config: dict[str, Any]) -> None:

@@ -6,6 +6,7 @@ says what it could have seen.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -67,7 +68,10 @@ def compare(me: Files, ce: Files, name: str, *, confidence: float = 0.95) -> Com
     x, y = (_blocks(files, name) for files in (me, ce))
     whole = [rows.mean(1) for _, rows in (x, y)]
     inner = [_centred(prompts, rows) for prompts, rows in (x, y)]
-    ratio = variance_ratio(inner[0].mean(1), inner[1].mean(1), confidence=confidence)
+    free = min(len(prompts) - len(np.unique(prompts)) for prompts, _ in (x, y))
+    # Rows of a prompt lose its mean together, which a jackknife over rows does not see.
+    lost = math.sqrt(max(1.0, min(len(x[1]), len(y[1])) / max(1, free)))
+    ratio = _widened(variance_ratio(inner[0].mean(1), inner[1].mean(1), confidence=confidence), lost)
     blocks = [(rows - rows.mean(0)).reshape(-1) for rows in inner]
     rows_of = [np.repeat(np.arange(len(rows)), rows.shape[1]) for rows in inner]
     log = clustered_difference(
@@ -75,18 +79,17 @@ def compare(me: Files, ce: Files, name: str, *, confidence: float = 0.95) -> Com
     )
     low, high = log.difference.interval
     value = math.exp(log.difference.value)
-    block_ratio = Estimate(
-        value, value * log.difference.stderr, (math.exp(low), math.exp(high)), len(x[1]) + len(y[1]),
-        "jackknife over rows of log variances of blocks",
-    )  # fmt: skip
+    method = "jackknife over rows of log variances of blocks"
+    ends = math.exp(low), math.exp(high)
+    block_ratio = _widened(Estimate(value, value * log.difference.stderr, ends, len(x[1]) + len(y[1]), method), lost)
     sides = [mean_estimate(values, confidence=confidence) for values in whole]
     error = math.hypot(sides[0].stderr, sides[1].stderr)
     gap = sides[0].value - sides[1].value
     radius = float(stats.norm.ppf(0.5 + confidence / 2)) * error
     sd = math.sqrt((whole[0].var(ddof=1) + whole[1].var(ddof=1)) / 2)
     return Comparison(
-        name, len(x[1]), ratio, _seen(ratio.stderr / ratio.value), _ratio_pvalue(ratio), block_ratio,
-        _seen(log.difference.stderr), log.pvalue,
+        name, len(x[1]), ratio, _seen(ratio), ratio_pvalue(ratio, free), block_ratio, _seen(block_ratio),
+        ratio_pvalue(block_ratio, free),
         Estimate(gap, error, (gap - radius, gap + radius), len(whole[0]) + len(whole[1]), "difference of means"), sd,
     )  # fmt: skip
 
@@ -96,8 +99,9 @@ class LongSummary:
     """All that a long run says; see the functions that made each part.
 
     `growth`, `drifts` by statistic and arm. `agreement` is R-hat over 4 chains of rows of each arm. `shares` is the
-    component path's share of the variance of row means, `block_shares` that of each block's mean. `times` are
-    integrated autocorrelation times in tokens, value and interval, by statistic and arm.
+    component path's share of the variance of row means, `block_shares` that of each block's mean, `pooled_shares` of
+    all blocks together. `times` are integrated autocorrelation times in tokens, value and interval, by statistic and
+    arm. What stands still in a block has no `growth`, `block_shares` and `pooled_shares`.
     """
 
     comparisons: tuple[Comparison, ...]
@@ -107,6 +111,7 @@ class LongSummary:
     agreement: dict[str, ChainAgreement]
     shares: dict[str, Estimate]
     block_shares: dict[str, PathShares]
+    pooled_shares: dict[str, Estimate]
     times: dict[str, dict[str, tuple[float, float, float]]]
     survival: dict[str, Survival]
     log_rank: LogRank | None
@@ -132,21 +137,27 @@ def summarise(
     for name in names:
         arms = {arm: _blocks(files[arm], name) for arm in ("ME", "CE")}
         drifts[name] = {arm: drift(rows, blocks=plan.blocks, confidence=confidence) for arm, (_, rows) in arms.items()}
-        growth[name] = {
-            arm: variance_growth(_centred(*both).cumsum(1), start=max(1, plan.blocks // 4), confidence=confidence)
-            for arm, both in arms.items()
-        }
+        sums = {arm: _centred(*both).cumsum(1) for arm, both in arms.items()}
+        if all(map(_varies_throughout, sums.values())):
+            growth[name] = {
+                arm: variance_growth(rows, start=max(1, plan.blocks // 4), confidence=confidence)
+                for arm, rows in sums.items()
+            }
     control = files["control"]
     return LongSummary(
         comparisons=tuple(compare(me, ce, name, confidence=confidence) for name in names),
         tests=_tests(me, ce, names, level, rng),
         drifts=drifts,
         growth=growth,
-        agreement={name: _agreement(me, ce, name) for name in names},
+        agreement={name: _agreement(me, ce, name) for name in names if len(column(me, name)) >= 4 * _CHAINS},
         shares={name: _share(me, files["same path"], name, confidence) for name in names if _paired(files, name)},
         block_shares={
-            name: path_shares(*_pairs(me, files["same path"], name)[:2], confidence=confidence)
-            for name in names if _paired(files, name)
+            name: _block_shares(me, files["same path"], name, confidence, pooled=False)
+            for name in names if _paired(files, name, throughout=True)
+        },
+        pooled_shares={
+            name: _pooled(_block_shares(me, files["same path"], name, confidence, pooled=True))
+            for name in names if _paired(files, name, throughout=True)
         },
         times=_times(files),
         survival={arm: _survival(files[arm], plan.steps, confidence) for arm in ("ME", "CE")},
@@ -171,27 +182,42 @@ def _blocks(files: Files, name: str) -> tuple[NDArray[np.int64], Floats]:
 
 
 def _centred(prompts: NDArray[np.int64], rows: Floats) -> Floats:
-    """Rows less the mean of their prompt, block by block."""
+    """Rows less the mean of their prompt, block by block, and scaled so that this takes no variance from them."""
     out = rows.astype(np.float64)
     for prompt in np.unique(prompts):
         mine = prompts == prompt
-        out[mine] -= out[mine].mean(0)
+        count = int(mine.sum())
+        out[mine] = (out[mine] - out[mine].mean(0)) * math.sqrt(count / max(1, count - 1))
     return out
 
 
 def _varies(files: Files, name: str) -> bool:
-    rows = column(files, name).mean(1)
-    return len(rows) >= 8 and len(np.unique(rows)) > 3
+    """Whether 8 rows or more have the statistic, and it moves between rows of a prompt."""
+    prompts, rows = _blocks(files, name)
+    means = rows.mean(1)
+    moving = sum(len(np.unique(means[prompts == prompt])) - 1 for prompt in np.unique(prompts))
+    return len(rows) >= 8 and moving >= 3
 
 
-def _seen(stderr: float) -> float:
-    """Ratio told from 1 at level .05 with power .8, for the standard error of its logarithm."""
-    return math.exp((float(stats.norm.isf(0.025)) + float(stats.norm.ppf(POWER))) * stderr)
+def _varies_throughout(rows: Floats) -> bool:
+    """Whether every block differs between rows: the first blocks of a rare event may not."""
+    return bool((np.ptp(rows, axis=0) > 0).all())
 
 
-def _ratio_pvalue(ratio: Estimate) -> float:
-    spread = ratio.stderr / ratio.value
-    return 2 * float(stats.t.sf(abs(math.log(ratio.value)) / spread, max(1, ratio.n // 2 - 1)))
+def _widened(ratio: Estimate, factor: float) -> Estimate:
+    """A ratio whose logarithm has `factor` times the error."""
+    low, high = (ratio.value * (end / ratio.value) ** factor for end in ratio.interval)
+    return dataclasses.replace(ratio, stderr=ratio.stderr * factor, interval=(low, high))
+
+
+def _seen(ratio: Estimate) -> float:
+    """Ratio told from 1 at level .05 with power .8, for the error of this one's logarithm."""
+    return math.exp((float(stats.norm.isf(0.025)) + float(stats.norm.ppf(POWER))) * ratio.stderr / ratio.value)
+
+
+def ratio_pvalue(ratio: Estimate, df: int) -> float:
+    """Two-sided p-value of a ratio of variances for 1, by Student's t on the log scale."""
+    return 2 * float(stats.t.sf(abs(math.log(ratio.value)) / (ratio.stderr / ratio.value), max(1, df)))
 
 
 def _tests(me: Files, ce: Files, names: Sequence[str], level: float, rng: np.random.Generator) -> dict[str, Any]:
@@ -218,8 +244,13 @@ def _agreement(me: Files, ce: Files, name: str) -> ChainAgreement:
     return rank_rhat([chain[:shortest] for chain in chains])
 
 
-def _paired(files: Mapping[Arm, Files], name: str) -> bool:
-    return bool(files["same path"]) and name in names_of(files["same path"]) and _varies(files["same path"], name)
+def _paired(files: Mapping[Arm, Files], name: str, *, throughout: bool = False) -> bool:
+    same = files["same path"]
+    if not same or name not in names_of(same) or not _varies(same, name):
+        return False
+    x, y, prompts = _pairs(files["ME"], same, name)
+    enough = np.unique(prompts, return_counts=True)[1].min() >= 2
+    return bool(enough) and (not throughout or _varies_throughout(np.concatenate([x, y])))
 
 
 def _pairs(me: Files, same: Files, name: str) -> tuple[Floats, Floats, NDArray[np.int64]]:
@@ -230,6 +261,16 @@ def _pairs(me: Files, same: Files, name: str) -> tuple[Floats, Floats, NDArray[n
 def _share(me: Files, same: Files, name: str, confidence: float) -> Estimate:
     x, y, prompts = _pairs(me, same, name)
     return shared_variance(x.mean(1), y.mean(1), groups=prompts, confidence=confidence)
+
+
+def _block_shares(me: Files, same: Files, name: str, confidence: float, *, pooled: bool) -> PathShares:
+    x, y, prompts = _pairs(me, same, name)
+    return path_shares(x, y, groups=prompts, pooled=pooled, confidence=confidence)
+
+
+def _pooled(shares: PathShares) -> Estimate:
+    value, stderr, low, high = (float(v[0]) for v in (shares.value, shares.stderr, shares.lower, shares.upper))
+    return Estimate(value, stderr, (low, high), shares.n, f"{shares.method}, all blocks together")
 
 
 def _times(files: Mapping[Arm, Files]) -> dict[str, dict[str, tuple[float, float, float]]]:
@@ -269,12 +310,15 @@ def _lags(
         "pvalue": test.pvalue,
         "tokens": int(path.size),
         "share": share,
+        "share along the row": drift(column(me, "component share"), blocks=plan.blocks, confidence=confidence),
         "weight": float(weights[0]),
         "prefilled": mean_estimate(column(me, "prefilled"), confidence=confidence),
         # A window's hops forward tokens again, which no law of lags knows.
         "expected prefilled": expected_prefill(weights, plan.steps, prompt_length=prompt_length),
         "longest": [mean_estimate(waits[:, i], confidence=confidence) for i in range(waits.shape[1])],
-        "expected longest": [longest_wait(float(weight), plan.steps).mean for weight in weights],
+        "expected longest": [
+            longest_wait(float(weight), plan.steps).mean if weight > 0 else float(plan.steps) for weight in weights
+        ],
         "held tokens": held,
         "held bytes": held * bytes_per_token,
         "rows": len(waits),

@@ -12,7 +12,7 @@ with a third of the variance that pairs have there. Pairs are the better choice 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -68,13 +68,16 @@ class NestedSplit:
 
 
 def path_shares(
-    x: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None, cumulative: bool = False, confidence: float = 0.95
-) -> PathShares:
+    x: ArrayLike, y: ArrayLike, *, groups: ArrayLike | None = None, cumulative: bool = False, pooled: bool = False,
+    confidence: float = 0.95,
+) -> PathShares:  # fmt: skip
     """Share of the path at each of T steps, from two runs x (N, T), y (N, T) whose rows share their component draws.
 
     Column t is ``variance.shared_variance`` of x_t and y_t within `groups` (N,) (the prompts), or with `cumulative` of
-    the sums of the first t columns: pairs are paths of two rows, so the intervals are those of `nested_split`. Give 0
-    after the end of a row. Intervals are pointwise. Raises ValueError for shapes that differ, fewer than 4 pairs, a
+    the sums of the first t columns: pairs are paths of two rows, so the intervals are those of `nested_split`. With
+    `pooled` one share of all columns together, ``sum_t Var E(F_t | m)/sum_t Var F_t``, much narrower where columns
+    hardly depend on each other; whether they do or not, pairs are what is left out. Give 0 after the end of a row.
+    Intervals are pointwise. Raises ValueError for shapes that differ, fewer than 4 pairs, a
     group of one pair, or a column that does not vary.
 
     >>> rng = np.random.default_rng(0)
@@ -92,7 +95,7 @@ def path_shares(
         raise ValueError("groups must have at least two pairs in each")
     both = np.concatenate([first, second])
     pairs = _Anova.of(both.cumsum(1) if cumulative else both, np.tile(np.arange(n), 2), np.tile(place, 2))
-    return pairs.shares(confidence, "pick-freeze")
+    return (pairs.pooled() if pooled else pairs).shares(confidence, "pick-freeze")
 
 
 def nested_split(
@@ -218,6 +221,16 @@ class _Anova:
     def between(self) -> Floats:
         """(C,) unbiased variance of path means without what rows add to it."""
         return np.asarray((self.outer / (self.paths - self.strata) - self.within) / self.size)
+
+    def pooled(self) -> _Anova:
+        """All columns as one: their sums of squares added up, in all and without each path."""
+        return replace(
+            self,
+            outer=self.outer.sum(keepdims=True),
+            inner=self.inner.sum(keepdims=True),
+            outer_without=self.outer_without.sum(1, keepdims=True),
+            inner_without=self.inner_without.sum(1, keepdims=True),
+        )
 
     def shares(self, confidence: float, method: str = "nested rows") -> PathShares:
         check_level(1 - confidence)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import pytest
 
@@ -227,3 +229,20 @@ def test_bad_input_names_the_argument() -> None:
             nested(toy(), [0], rough, max_new_tokens=2, seed=0, **options)
     with pytest.raises(ValueError, match="f must be finite"):
         nested(toy(), [0], lambda row: float("nan"), paths=4, rows=2, max_new_tokens=2, seed=0)
+
+
+def test_columns_together_are_one_share_whose_interval_covers() -> None:
+    rng = np.random.default_rng(7)
+    covered, runs, steps = 0, 300, 6
+    weights = np.array([1.0, 2.0, 0.5, 1.0, 1.0, 3.0])
+    for _ in range(runs):
+        path, x, y = rng.exponential(size=(3, 60, steps)) * weights
+        path += 0.5 * path[:, :1]  # columns depend on each other, as blocks of a row do
+        pooled = path_shares(path + x, path + y, pooled=True)
+        between = (weights**2 + 0.25 + np.eye(steps)[0] * weights**2).sum()  # the first column is 1.5 times itself
+        truth = between / (between + (weights**2).sum())
+        covered += bool(pooled.lower[0] < truth < pooled.upper[0])
+    assert abs(covered / runs - 0.95) < 4 * math.sqrt(0.95 * 0.05 / runs)
+    alone = path_shares(path[:, :1] + x[:, :1], path[:, :1] + y[:, :1])
+    same = path_shares(path[:, :1] + x[:, :1], path[:, :1] + y[:, :1], pooled=True)
+    assert (same.value, same.lower, same.upper) == (alone.value, alone.lower, alone.upper)
