@@ -22,8 +22,8 @@ def draw(record: Record, folder: Path) -> Figure:
     fig, grid = figure(columns=2, height=4.6, nrows=2, ncols=3)
     ratios, growth, drifts, shares, memory, ends = grid.flat
     _ratios(ratios, found)
-    shown = next((name for name in _FIRST if name in found["growth"]), next(iter(found["growth"])))
-    _growth(growth, found["growth"][shown], shown, config)
+    shown = next((name for name in _FIRST if name in found["growth"]), next(iter(found["growth"] or found["drifts"])))
+    _growth(growth, found["growth"].get(shown), shown, config)
     _drift(drifts, found["drifts"][shown], shown, config)
     _shares(shares, found)
     _memory(memory, found["lags"], config)
@@ -60,7 +60,11 @@ def _ratios(ax: Any, found: dict[str, Any]) -> None:
     ax.grid(axis="y", visible=False)
 
 
-def _growth(ax: Any, arms: dict[str, Any], name: str, config: dict[str, Any]) -> None:
+def _growth(ax: Any, arms: dict[str, Any] | None, name: str, config: dict[str, Any]) -> None:
+    if arms is None:
+        ax.text(0.5, 0.5, "some block does not vary", transform=ax.transAxes, ha="center", color="0.35")
+        ax.set_axis_off()
+        return
     t = (np.arange(config["blocks"]) + 1) * config["steps"] / config["blocks"]
     scale = config["steps"] / config["blocks"]  # sums of block means become sums of tokens
     for arm in ("CE", "ME"):
@@ -90,7 +94,9 @@ def _shares(ax: Any, found: dict[str, Any]) -> None:
         row = found["shares"][name]
         ax.plot(row["interval"], [place - 0.15] * 2, color=COLORS["ME"], linewidth=1.0)
         ax.plot(row["value"], place - 0.15, MARKERS["ME"], color=COLORS["ME"])
-        blocks, pooled = found["block_shares"][name], found["pooled_shares"][name]
+        blocks, pooled = found["block_shares"].get(name), found["pooled_shares"].get(name)
+        if blocks is None:
+            continue
         ax.plot(blocks["value"], [place + 0.2] * len(blocks["value"]), MARKERS["component 1"],
                 color=COLORS["component 1"], markersize=2.5, alpha=0.6)  # fmt: skip
         ax.plot(pooled["interval"], [place + 0.2] * 2, color=COLORS["component 1"], linewidth=2.0)
@@ -128,8 +134,8 @@ def _ends(ax: Any, found: dict[str, Any], config: dict[str, Any]) -> None:
 def _caption(record: Record) -> str:
     found, config = record.results, record.config
     rows = found["comparisons"]
-    low = min(row["ratio"]["interval"][0] for row in rows if row["n"] == config["rows"])
-    high = max(row["ratio"]["interval"][1] for row in rows if row["n"] == config["rows"])
+    widest = [row["ratio"]["interval"] for row in rows if row["n"] == max(row["n"] for row in rows)]
+    low, high = min(interval[0] for interval in widest), max(interval[1] for interval in widest)
     agree = "do not differ" if record.held else "differ, or a control was missed"
     shares = found["shares"].values()
     path = ""

@@ -31,6 +31,7 @@ _HOME = {
     "watch": "me_stats.monitor",
 }
 _MODULES = (
+    "acceptance",
     "chains",
     "chi_square",
     "corpus",
@@ -65,14 +66,19 @@ _MODULES = (
     "steps",
     "tails",
     "testing",
+    "tokenizer_audit",
+    "tokenizer_bytes",
     "transfer",
     "twosample",
     "variance",
+    "vocabulary_files",
+    "vocabulary_map",
     "weights",
 )
 
 if TYPE_CHECKING:
     from me_stats import (
+        acceptance,
         chains,
         chi_square,
         corpus,
@@ -107,9 +113,13 @@ if TYPE_CHECKING:
         steps,
         tails,
         testing,
+        tokenizer_audit,
+        tokenizer_bytes,
         transfer,
         twosample,
         variance,
+        vocabulary_files,
+        vocabulary_map,
         weights,
     )
     from me_stats.draws import RowStreams
@@ -136,6 +146,7 @@ __all__ = [
     "Trace",
     "Vocabulary",
     "__version__",
+    "acceptance",
     "chains",
     "chi_square",
     "corpus",
@@ -171,9 +182,13 @@ __all__ = [
     "steps",
     "tails",
     "testing",
+    "tokenizer_audit",
+    "tokenizer_bytes",
     "transfer",
     "twosample",
     "variance",
+    "vocabulary_files",
+    "vocabulary_map",
     "watch",
     "weights",
 ]

@@ -39,6 +39,8 @@ app.command(cli_router.NAME)(cli_router.train_router)
 # Options that take several values after one name.
 _REPEATED = ("--models", "--only", "--text", "--domain", "--prompt")
 OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
+# RuntimeErrors that say what to do; any other is a bug and keeps its traceback.
+_EXPECTED = (("me_stats.models.catalog", "CatalogError"), ("me_stats.parts", "WorkerDied"))
 
 # Usage errors of the click that typer carries within it or, in older versions, stands on.
 _UsageError: Any = typer.BadParameter.__base__
@@ -283,9 +285,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except OSError as error:
         code = _fail(_explain(error))
     except (ValueError, TypeError, RuntimeError) as error:
-        # Loading the catalog loads torch, which --help and --version can do without.
-        catalog = sys.modules.get("me_stats.models.catalog")
-        if isinstance(error, RuntimeError) and not (catalog and isinstance(error, catalog.CatalogError)):
+        # Loading these modules loads torch, which --help and --version can do without.
+        loaded = [(sys.modules.get(module), name) for module, name in _EXPECTED]
+        known = tuple(getattr(module, name) for module, name in loaded if module is not None)
+        if isinstance(error, RuntimeError) and not isinstance(error, known):
             raise
         code = _fail(str(error))
     sys.exit(code or OK)

@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Stream = Literal["component", "token"]
+Stream = Literal["component", "token", "accept", "repair"]
 
 # One Philox key per purpose, so that CE and ME share token randomness whatever else they draw.
-_STREAM_KEYS: dict[Stream, int] = {"component": 0, "token": 1}
+# The last two belong to samplers that may throw a draft away.
+_STREAM_KEYS: dict[Stream, int] = {"component": 0, "token": 1, "accept": 2, "repair": 3}
 BLOCK = 16  # uniforms per row that are generated together; 4 Philox counters of 4 words each
 _SEED_BITS = 120  # what Philox's 128-bit key leaves beside the stream
 _GAP = 64  # rows that are cheaper to generate and drop than to start a generator anew

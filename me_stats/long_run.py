@@ -9,7 +9,8 @@ Memory is that of one part, however many rows there are. Four arms, on rows of t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -22,7 +23,7 @@ from me_stats.dependence import autocorrelation_time
 from me_stats.lags import longest_waits, prefilled_tokens, turn_ages
 from me_stats.models import Endless, Ensemble, Windowed
 from me_stats.models.windowed import context_length
-from me_stats.parts import Arrays, PartOfWork, Tick, run_parts
+from me_stats.parts import UNREADABLE, Arrays, PartOfWork, Tick, run_parts
 from me_stats.presets import Setting, open_setting
 from me_stats.row_statistics import block_means, first_end, scored_tokens, token_features, token_statistics
 from me_stats.samplers import CESampler, MESampler, Sampler, SequenceMixtureSampler
@@ -72,7 +73,7 @@ class LongPlan:
     seed: int
 
     def __post_init__(self) -> None:
-        for name, least in (("rows", 4), ("steps", 4), ("batch", 1), ("blocks", 2), ("scored", 0)):
+        for name, least in (("rows", 8), ("steps", 4), ("batch", 1), ("blocks", 2), ("scored", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
         if self.steps % self.blocks or self.steps // self.blocks < 2:
@@ -81,8 +82,8 @@ class LongPlan:
         for name in ("scored", "paired"):
             if not 0 <= getattr(self, name) <= self.rows:
                 raise ValueError(f"{name} must lie in 0..{self.rows} (rows), got {getattr(self, name)}")
-        if self.control < 0:
-            raise ValueError(f"control must not be negative, got {self.control}")
+        if self.control != 0 and self.control < 8:
+            raise ValueError(f"control must be 0 (none) or at least 8 rows, got {self.control}")
         if self.hop is not None and self.window is None:
             raise ValueError("hop is how far a window moves, and there is none; give window too")
 
@@ -98,6 +99,8 @@ def open_plan(plan: LongPlan) -> tuple[Ensemble, tuple[Any, ...], Setting]:
     """The ensemble that a plan runs, its prompts, and the setting behind it."""
     setting = open_setting(plan.models, weights=plan.weights, dtype=plan.dtype, device=plan.device)
     prompts = plan.prompts or setting.prompts
+    if plan.rows < 2 * len(prompts):
+        raise ValueError(f"rows must be at least two for each of {len(prompts)} prompts, got {plan.rows}")
     parts: list[Any] = list(setting.ensemble.components)
     if plan.window is not None:
         parts = [Windowed(part, plan.window, hop=plan.hop) for part in parts]
@@ -156,10 +159,12 @@ def names_of(files: Sequence[Path]) -> tuple[str, ...]:
         return tuple(part.files)
 
 
-def _open(path: Path) -> Any:
+@contextmanager
+def _open(path: Path) -> Iterator[Any]:
     try:
-        return np.load(path, allow_pickle=False)
-    except (OSError, ValueError) as error:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
+            yield part
+    except UNREADABLE as error:
         raise ValueError(f"{path.name} is missing or damaged ({error}); run again to compute it") from error
 
 

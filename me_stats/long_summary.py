@@ -126,11 +126,13 @@ def summarise(
 ) -> LongSummary:  # fmt: skip
     """Every comparison of a run. Whole statistics are read one at a time, so memory is that of one: 8 G bytes a row.
 
-    Statistics that do not vary in an arm are left out. `bytes_per_token` of keys and values of one row of one
-    component, 0 if unknown; `prompt_length` the mean over rows.
+    Statistics that do not vary in an arm are left out, and ValueError says if that leaves none. `bytes_per_token` of
+    keys and values of one row of one component, 0 if unknown; `prompt_length` the mean over rows.
     """
     me, ce = files["ME"], files["CE"]
     names = [name for name in statistics(me) if _varies(me, name) and _varies(ce, name)]
+    if not names:
+        raise ValueError("no statistic varies between rows of a prompt in both arms: give more rows or steps")
     rng = np.random.default_rng(plan.seed)
     drifts: dict[str, dict[str, Drift]] = {}
     growth: dict[str, dict[str, VarianceGrowth]] = {}
@@ -168,7 +170,7 @@ def summarise(
                                  confidence=confidence)
             for name in names if control and name in names_of(control) and _varies(control, name)
         },
-        control_tests=_tests(control, ce, [n for n in names if n in names_of(control)], level, rng)["rows"]
+        control_tests=_tests(control, ce, [n for n in names if n in names_of(control)], level, rng).get("rows")
         if control else None,
     )  # fmt: skip
 
@@ -187,7 +189,8 @@ def _centred(prompts: NDArray[np.int64], rows: Floats) -> Floats:
     for prompt in np.unique(prompts):
         mine = prompts == prompt
         count = int(mine.sum())
-        out[mine] = (out[mine] - out[mine].mean(0)) * math.sqrt(count / max(1, count - 1))
+        moves = np.ptp(out[mine], axis=0) > 0  # the mean of equal values may miss them by rounding
+        out[mine] = np.where(moves, out[mine] - out[mine].mean(0), 0.0) * math.sqrt(count / max(1, count - 1))
     return out
 
 
@@ -200,8 +203,11 @@ def _varies(files: Files, name: str) -> bool:
 
 
 def _varies_throughout(rows: Floats) -> bool:
-    """Whether every block differs between rows: the first blocks of a rare event may not."""
-    return bool((np.ptp(rows, axis=0) > 0).all())
+    """Whether every block differs in more than one row: the first blocks of a rare event may not."""
+    squares = (rows - rows.mean(0)) ** 2
+    total = squares.sum(0)
+    without = total - squares.max(0) * len(rows) / (len(rows) - 1)
+    return bool(((total > 0) & (without > 1e-9 * total)).all())
 
 
 def _widened(ratio: Estimate, factor: float) -> Estimate:

@@ -23,6 +23,12 @@ from me_stats.record import write_atomically
 
 Tick = Callable[[int], None]
 Arrays = dict[str, np.ndarray]
+# What numpy and zipfile raise for a damaged file: a flipped bit may ask for a password or for terabytes.
+UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, RuntimeError, MemoryError)
+
+
+class WorkerDied(RuntimeError):
+    """A process of the run ended without a word, such as for want of memory."""
 
 
 @dataclass(frozen=True)
@@ -60,8 +66,8 @@ def run_parts(
 
     Raises
     ------
-    RuntimeError
-        If a process died, such as for want of memory: what others finished is kept.
+    WorkerDied
+        A RuntimeError, if a process died, such as for want of memory: what others finished is kept.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
@@ -92,9 +98,10 @@ def run_parts(
 def load_part(path: Path) -> Arrays | None:
     """The arrays of a finished part; None where there is none, or a damaged one."""
     try:
-        with np.load(path, allow_pickle=False) as file:
-            return {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile, KeyError):
+        # Opened here: of a damaged file numpy would leave its own handle open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            return {name: arrays[name] for name in arrays.files}
+    except UNREADABLE:
         return None
 
 
@@ -123,7 +130,7 @@ def _in_processes(
         for process in set(multiprocessing.active_children()) - strangers:
             process.terminate()
         if isinstance(error, BrokenProcessPool):
-            raise RuntimeError(
+            raise WorkerDied(
                 "a process of the run died, perhaps for want of memory; finished parts are kept: run again with fewer "
                 "workers or a smaller batch"
             ) from error

@@ -73,8 +73,9 @@ def scored_tokens(
     """Per-token statistics (N, T) of tokens (N, T) that need the laws, by teacher forcing: one pass per component.
 
     ``log_prob``: log of the mixture's probability of the token, in nats. ``entropy`` of the mixture, in nats.
-    ``responsibility``: posterior probability that component 0 wrote the token. ``disagreement``:
-    ``sum_i w_i TV(P_i, P)``, how far apart the components are. Holds four (N, T) arrays and a bounded chunk of laws.
+    ``responsibility``: posterior probability that component 0 wrote the token, its weight if none can.
+    ``disagreement``: ``sum_i w_i TV(P_i, P)``, how far apart the components are. Holds four (N, T) arrays and a bounded
+    chunk of laws.
     """
     ids = np.asarray(tokens)
     names = ("log_prob", "entropy", "responsibility", "disagreement")
@@ -85,12 +86,15 @@ def scored_tokens(
         mixed = joint.logsumexp(1)
         place = drawn.to(laws.device)[:, None]
         own = joint.gather(2, place[:, None].expand(-1, laws.shape[1], 1))[..., 0]
+        # A token that no component can write teaches nothing, as in `trace.Score.responsibilities`.
+        teaches = own.logsumexp(1, keepdim=True) > -torch.inf
+        posterior = torch.where(teaches, own, log_weights.to(own.device, own.dtype)).softmax(1)
         law = mixed.exp()
         apart = (laws.double().exp() - law[:, None]).abs().sum(-1) / 2
         values = (
             mixed.gather(1, place)[:, 0],
             torch.special.entr(law).sum(-1),
-            (own[:, 0] - own.logsumexp(1)).exp(),
+            posterior[:, 0],
             (log_weights.to(laws.device).exp() * apart).sum(1),
         )
         for name, value in zip(names, values, strict=True):

@@ -80,7 +80,8 @@ def test_quick_is_smaller_not_other() -> None:
             assert part.config != full[part.name]
         assert part.key != job.Part(part.experiment, part.tag, full[part.name]).key
         for size in ("prompts", "draws", "rows", "coupled_rows", "steps", "repeats"):
-            assert getattr(part.config, size, 0) <= getattr(full[part.name], size, 0)
+            small, large = (getattr(config, size, 0) for config in (part.config, full[part.name]))
+            assert small == large or small < large  # None for the prompts that suit the models
     assert len(full["toy_equivalence"].shapes) > len(job.plan(quick=True)[0].config.shapes)
 
 

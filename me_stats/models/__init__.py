@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from me_stats.models.aligned import Aligned
 from me_stats.models.base import Cost, LanguageModel, Session
 from me_stats.models.conditioned import Conditioned
 from me_stats.models.ensemble import Ensemble
+from me_stats.models.joint import Allowed, JointTransform, PublishedCE, Restricted, UnionTopK, published_me
 from me_stats.models.toy import MarkovModel, TableModel
 from me_stats.models.warped import Greedy, MinP, Temperature, TopK, TopP, Warp, Warped
 from me_stats.models.windowed import Endless, Windowed
@@ -15,23 +17,30 @@ if TYPE_CHECKING:
     from me_stats.models.huggingface import TransformersModel
 
 __all__ = [
+    "Aligned",
+    "Allowed",
     "Conditioned",
     "Cost",
     "Endless",
     "Ensemble",
     "Greedy",
+    "JointTransform",
     "LanguageModel",
     "MarkovModel",
     "MinP",
+    "PublishedCE",
+    "Restricted",
     "Session",
     "TableModel",
     "Temperature",
     "TopK",
     "TopP",
     "TransformersModel",
+    "UnionTopK",
     "Warp",
     "Warped",
     "Windowed",
+    "published_me",
 ]
 
 

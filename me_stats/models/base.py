@@ -107,6 +107,11 @@ class PrefixSession:
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
             self._prefixes[row] = (*self._prefixes[row], token)
 
+    def drop(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Take back the last `counts` (B,) tokens of `rows` (B,)."""
+        for row, count in zip(rows.tolist(), counts.tolist(), strict=True):
+            self._prefixes[row] = self._prefixes[row][: len(self._prefixes[row]) - count]
+
     def log_probs(self, rows: np.ndarray) -> Tensor:
         # Rows often share a prefix (many samples of one prompt), and the law is a function of it alone.
         distinct: dict[tuple[int, ...], int] = {}

@@ -284,6 +284,7 @@ class RaggedSession:
         self._length = self._prompt_length.copy()  # tokens known, per row
         self._cached = np.zeros(len(prompts), dtype=np.int64)  # tokens whose keys and values are stored
         self._slot = np.full(len(prompts), -1, dtype=np.int64)
+        self._whole = np.ones(len(prompts), dtype=bool)  # rows that still hold all of their prompt
         self._home = np.full(len(distinct), -1, dtype=np.int64)  # slot that holds a prompt's prefill
         self._used = 0
         self._written = torch.zeros((len(prompts), max_new_tokens or 16), dtype=torch.int64, device=self._device)
@@ -312,15 +313,36 @@ class RaggedSession:
         self._written[where[0], where[1]] = tokens.to(self._device)
         self._length[rows] += 1
 
+    def drop(self, rows: np.ndarray, counts: np.ndarray) -> None:
+        """Take back the last `counts` (B,) tokens of the distinct `rows` (B,), those of the prompt too.
+
+        What stays keeps its keys and values. A row left without a token must get one before it is read.
+        """
+        kept = self._length[rows] - counts
+        if (np.asarray(counts) < 0).any() or (kept < 0).any():
+            raise ValueError("counts must lie between 0 and the number of tokens of each row")
+        self._length[rows] = kept
+        self._cached[rows] = np.minimum(self._cached[rows], kept)
+        short = kept < self._prompt_length[rows]
+        cut = rows[short]
+        # What a cut row writes next goes where its prompt's end was, so no other row may copy from it.
+        self._home[np.isin(self._home, self._slot[cut]) & (self._home >= 0)] = -1
+        self._prompt_length[cut] = kept[short]
+        self._whole[cut] = False
+
     def log_probs(self, rows: np.ndarray) -> Tensor:
+        if not self._length[rows].all():
+            raise ValueError("a row without tokens has no law; append one before it is read")
         self.cost += Cost(0, 0, len(rows))
         new = self._slot[rows] < 0
         stored = self._home[self._prompt[rows]] >= 0
         self._share_prompts(rows[new & stored])
-        # Of the new rows with a prompt that nobody has read, the first computes it and the others copy it.
+        # Of the new rows with a prompt that nobody has read, the first whole one computes it and the others copy it.
         late = new & ~stored
-        unread = np.flatnonzero(late)
-        late[unread[np.unique(self._prompt[rows[unread]], return_index=True)[1]]] = False
+        able = np.flatnonzero(late & self._whole[rows])
+        first = able[np.unique(self._prompt[rows[able]], return_index=True)[1]]
+        late &= np.isin(self._prompt[rows], self._prompt[rows[first]])
+        late[first] = False
         if not late.any():
             return self._forward(rows)
         laws = torch.empty((len(rows), self._size), device=self._device)
@@ -336,8 +358,9 @@ class RaggedSession:
         self._assign_slots(rows)
         for prompt in np.unique(self._prompt[rows]):
             mine = rows[self._prompt[rows] == prompt]
-            known = int(self._prompt_length[mine[0]])
-            self._cache.copy(int(self._home[prompt]), torch.from_numpy(self._slot[mine]).to(self._device), known)
+            known = self._prompt_length[mine]  # shorter than the prompt in rows that were cut
+            slots = torch.from_numpy(self._slot[mine]).to(self._device)
+            self._cache.copy(int(self._home[prompt]), slots, int(known.max()))
             self._cached[mine] = known
 
     def _assign_slots(self, rows: np.ndarray) -> None:
@@ -351,7 +374,8 @@ class RaggedSession:
         fresh = rows[self._slot[rows] < 0]
         if len(fresh):
             self._assign_slots(fresh)
-            self._home[self._prompt[fresh]] = self._slot[fresh]
+            lenders = fresh[self._whole[fresh]]
+            self._home[self._prompt[lenders]] = self._slot[lenders]
         stops = self._length[rows]
         self._cache.reserve(self._used, int(stops.max()))
         # A row that is read again without a new token feeds its last one again.

@@ -207,6 +207,8 @@ class WarpedSession:
     def __init__(self, model: Warped, prompts: Sequence[Prefix], *, max_new_tokens: int | None) -> None:
         self._warp = model.warp
         self._session = open_session(model.model, prompts, max_new_tokens=max_new_tokens)
+        if hasattr(self._session, "drop"):
+            self.drop = self._session.drop  # a session that can take tokens back can do so here too
 
     @property
     def cost(self) -> Cost:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from me_stats.draws import Draw
 from me_stats.models.ensemble import Ensemble, EnsembleSession
+from me_stats.models.joint import JointTransform
 from me_stats.models.warped import Warp, Warped
 from me_stats.samplers import tabular
 from me_stats.samplers.base import Batch, Sampler
@@ -98,13 +99,21 @@ def _refusal(sampler: str, model: object) -> str:
     order: tuple[Warp, ...] = ()
     while isinstance(inner, Warped):
         inner, order = inner.model, (*inner.warps, *order)
+    warps = ", ".join(map(repr, order))
+    if isinstance(inner, JointTransform):
+        return (
+            f"{sampler} cannot sample {type(inner).__name__}{f' under {warps}' if order else ''}: this is a joint "
+            "transform of all K laws at every step, so one component cannot know its part. Exact choices: "
+            "transforms of single components, such as Ensemble([Warped(m, TopK(k)) for m in models], mixing), another "
+            "law; SpeculativeSampler with an ME draft, or CESampler of this model"
+        )
     if isinstance(model, Warped) and isinstance(inner, Ensemble):
-        warps = ", ".join(map(repr, order))
         return (
             f"{sampler} cannot sample Warped(Ensemble, {warps}): this is mix-then-transform, g(Σ λ_i P_i), and "
             "g needs all K laws at every step (drawing one component gives Σ λ_i g(P_i), another law unless g "
             "is affine). Exact choices: transform-then-mix, "
-            f"Ensemble([Warped(m, {warps}) for m in models], mixing), or CESampler of this model"
+            f"Ensemble([Warped(m, {warps}) for m in models], mixing), or CESampler of this model, or "
+            "SpeculativeSampler with an ME draft"
         )
     return (
         f"{sampler} needs an Ensemble, which says what the components are; got {type(model).__name__}. "

@@ -1,0 +1,273 @@
+"""A model of token ids as a law over byte strings, so that models with different tokenizers can be mixed.
+
+Each component's law is pushed forward along "id → its bytes". That is a map of one law, made before the mixture, so
+CE = ME holds as it does for any transform of a component; nothing is scored by a first subtoken, and no symbol is
+split. What components share is the history in bytes. Each reads it in its own canonical tokenisation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from me_stats.models.base import (
+    Cost,
+    LanguageModel,
+    Prefix,
+    Session,
+    checked_laws,
+    open_session,
+    path_log_probs,
+    require_language_model,
+)
+from me_stats.models.ensemble import _log_add
+from me_stats.vocabulary_map import ByteStrings, TokenBytes
+
+
+class Aligned(LanguageModel):
+    r"""The law over byte strings, :math:`P(s \mid h) = \sum_{x:\, bytes(x) = s} P(x \mid T(h)) \,/\, (1 - D(h))`.
+
+    h is the history as bytes and T the model's canonical tokenisation, a function of these bytes alone: every spelling
+    of one history in shared ids gives one law. Ids with equal bytes add up. The end of sequence is shared by role: all
+    of a model's end ids become the one shared end. D is the mass of ids that stand for nothing (controls, such as a
+    begin-of-turn marker, and unused rows): no shared string can carry it, so it is taken out and the rest renormalised
+    within this component; `dropped_mass` reports it.
+
+    What a model has to read besides the shared history (begin of sequence, a chat template, a system prompt) goes
+    inside, in its own tokens: ``Aligned(Conditioned(gemma, [2]), shared)``. So do transforms of its own law:
+    ``Aligned(Warped(model, TopK(10)), shared)`` keeps ten ids, at most ten strings.
+
+    Parameters
+    ----------
+    model
+        Any LanguageModel.
+    shared
+        The alphabet, made from all components: ``ByteStrings.of([a, b])``.
+    token_bytes
+        The model's table, for a model without a fast tokenizer; default the one that `shared` read.
+
+    Raises
+    ------
+    ValueError
+        For a model that `shared` was not made from, a table that does not fit the model, a history that holds the
+        end of sequence, and a law with all its mass on controls.
+
+    Examples
+    --------
+    >>> from me_stats.models.toy import TableModel
+    >>> table = TokenBytes.greedy([b"a", b"ab", b"b", b"a"])
+    >>> shared = ByteStrings([table])
+    >>> model = Aligned(TableModel([[0.4, 0.3, 0.2, 0.1]], order=0), shared, token_bytes=table)
+    >>> shared.strings, [round(p, 9) for p in model.log_probs([()]).exp()[0].tolist()]
+    ((b'a', b'b', b'ab'), [0.5, 0.2, 0.3])
+    """
+
+    def __init__(self, model: Any, shared: ByteStrings, *, token_bytes: TokenBytes | None = None) -> None:
+        require_language_model(model)
+        if not isinstance(shared, ByteStrings):
+            raise TypeError(f"shared must be a ByteStrings, such as ByteStrings.of([a, b]), got {shared!r:.60}")
+        table = shared.table_of(model.vocabulary) if token_bytes is None else token_bytes
+        if table.size != model.vocabulary.size:
+            raise ValueError(f"token_bytes has {table.size} ids, but {model!r} has {model.vocabulary.size}")
+        if table.eos != model.vocabulary.eos:
+            raise ValueError(f"token_bytes ends at ids {table.eos}, but {model!r} ends at {model.vocabulary.eos}")
+        self.model = model
+        self.shared = shared
+        self.token_bytes = table
+        self.vocabulary = shared.vocabulary
+        self.push = PushForward(shared.targets(table), self.vocabulary.size)
+        table.encode(b"")  # a table without a reading rule is of no use here
+
+    def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
+        return self.push(self._own_laws(prefixes))
+
+    def dropped_mass(self, prefixes: Sequence[Prefix]) -> Tensor:
+        """D (B,): probability of controls and unused rows after each prefix, which `log_probs` leaves out."""
+        return self.push.dropped(self._own_laws(prefixes))
+
+    def read(self, history: bytes) -> tuple[int, ...]:
+        """T(h): the model's own ids of a history."""
+        return self.token_bytes.encode(history)
+
+    def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> AlignedSession:
+        return AlignedSession(self, prompts)
+
+    def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
+        for prompt, path in zip(prompts, tokens, strict=True):
+            yield self.push(self._own_path(prompt, path))
+
+    def _own_path(self, prompt: Prefix, path: Prefix) -> Tensor:
+        """The model's own laws (T, V_own) along a path, one teacher-forced row per stretch without re-reading."""
+        history, reads = self.shared.bytes_of(prompt), []
+        for step in range(len(path)):
+            reads.append(self.read(history))
+            if step + 1 < len(path):
+                history += self.shared.bytes_of(path[step : step + 1])
+        cuts = [step for step in range(1, len(reads)) if reads[step][: len(reads[step - 1])] != reads[step - 1]]
+        spans = list(zip([0, *cuts], [*cuts, len(reads)], strict=True)) if reads else []
+        heads = [reads[begin] for begin, _ in spans]
+        # The law after the last token of a row is that of one token more, whichever it is.
+        tails = [(*reads[end - 1][len(reads[begin]) :], 0) for begin, end in spans]
+        parts = [
+            laws[[len(reads[step]) - len(reads[begin]) for step in range(begin, end)]]
+            for (begin, end), laws in zip(spans, path_log_probs(self.model, heads, tails), strict=True)
+        ]
+        return torch.cat(parts) if parts else self._own_laws([prompt])[:0]
+
+    def _own_laws(self, prefixes: Sequence[Prefix]) -> Tensor:
+        reads = [self.read(self.shared.bytes_of(prefix)) for prefix in prefixes]
+        return checked_laws(self.model, self.model.log_probs(reads), len(reads))
+
+    def __repr__(self) -> str:
+        return f"Aligned({self.model!r}, {self.shared!r})"
+
+
+class PushForward:
+    """Log-laws (B, V) over a model's ids → normalised log-laws (B, S) over shared ids.
+
+    `targets` (V,) has the shared id of each id, -1 for mass that is dropped. The first id of each string is copied,
+    further ids with the same bytes are added in log space, so that no probability underflows.
+    """
+
+    def __init__(self, targets: np.ndarray, size: int) -> None:
+        kept = np.flatnonzero(targets >= 0)
+        order = kept[np.argsort(targets[kept], kind="stable")]
+        shared = targets[order]
+        starts = np.flatnonzero(np.diff(shared, prepend=-1))
+        rank = np.arange(len(shared)) - np.repeat(starts, np.diff([*starts, len(shared)]))
+        self.size = size
+        self._rounds = [
+            (torch.from_numpy(shared[rank == r]), torch.from_numpy(order[rank == r]))
+            for r in range(int(rank.max(initial=-1)) + 1)
+        ]
+        self._lost = torch.from_numpy(np.flatnonzero(targets < 0))
+
+    def __call__(self, laws: Tensor) -> Tensor:
+        self._to(laws.device)
+        pushed = laws.new_full((len(laws), self.size), -torch.inf)
+        for number, (to, own) in enumerate(self._rounds):
+            taken = laws[:, own]
+            pushed[:, to] = taken if number == 0 else _log_add(pushed[:, to], taken)
+        if not len(self._lost):
+            return pushed
+        kept = pushed.logsumexp(-1, keepdim=True)
+        if kept.is_cpu and bool((kept == -torch.inf).any()):
+            raise ValueError("all mass is on control tokens, and no byte string can carry it; allow some in the model")
+        return pushed - kept
+
+    def dropped(self, laws: Tensor) -> Tensor:
+        """Mass (B,) without a shared id."""
+        self._to(laws.device)
+        return laws[:, self._lost].exp().sum(-1)
+
+    def _to(self, device: torch.device) -> None:
+        if self._lost.device != device:
+            self._rounds = [(to.to(device), own.to(device)) for to, own in self._rounds]
+            self._lost = self._lost.to(device)
+
+
+class AlignedSession:
+    """Rows as bytes, each read by one row of the model's own session in its canonical tokenisation.
+
+    Bytes that are appended may change how the end of a history is split. Such a row takes back the tokens that no
+    longer hold and reads the new ones: by the session's ``drop`` where it has one, else in a fresh session.
+    """
+
+    def __init__(self, aligned: Aligned, prompts: Sequence[Prefix]) -> None:
+        self._aligned = aligned
+        distinct = {prompt: aligned.shared.bytes_of(prompt) for prompt in dict.fromkeys(map(tuple, prompts))}
+        reads = {prompt: aligned.read(history) for prompt, history in distinct.items()}
+        self._history = [distinct[tuple(prompt)] for prompt in prompts]
+        self._read: list[tuple[int, ...]] = [reads[tuple(prompt)] for prompt in prompts]
+        self._stale = np.zeros(len(prompts), dtype=bool)
+        self._inner: dict[int, Session] = {}
+        self._members: dict[int, int] = {}
+        self._home = np.zeros(len(prompts), dtype=np.int64)
+        self._place = np.zeros(len(prompts), dtype=np.int64)
+        self._retired = Cost()
+        self._opened = 0
+        # The last token of a prompt is the one that new bytes change, and the others can be shared by its rows.
+        heads = [read[:-1] if len(read) > 1 else read for read in self._read]
+        self._open(np.arange(len(prompts)), heads)
+        self._feed(np.arange(len(prompts)), [read[len(head) :] for read, head in zip(self._read, heads, strict=True)])
+
+    @property
+    def cost(self) -> Cost:
+        return sum((session.cost for session in self._inner.values()), self._retired)
+
+    def append(self, rows: np.ndarray, tokens: Tensor) -> None:
+        strings = self._aligned.shared.strings
+        for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
+            # The end adds no bytes; what a sampler reads of a row that has ended, it throws away.
+            self._history[row] += strings[token] if token < len(strings) else b""
+        self._stale[rows] = True
+
+    def log_probs(self, rows: np.ndarray) -> Tensor:
+        self._catch_up(rows[self._stale[rows]])
+        parts = [(mine, self._inner[home].log_probs(self._place[rows[mine]])) for home, mine in self._groups(rows)]
+        push = self._aligned.push
+        if len(parts) == 1:
+            return push(parts[0][1])
+        back = np.argsort(np.concatenate([mine for mine, _ in parts]), kind="stable")
+        laws = torch.cat([laws for _, laws in parts])
+        return push(laws[torch.from_numpy(back).to(laws.device)])
+
+    def _catch_up(self, rows: np.ndarray) -> None:
+        """Bring the model's own rows to the canonical tokenisation of their histories."""
+        reads = [self._aligned.read(self._history[row]) for row in rows.tolist()]
+        kept = [_common(self._read[row], read) for row, read in zip(rows.tolist(), reads, strict=True)]
+        surplus = np.array([len(self._read[row]) for row in rows.tolist()], dtype=np.int64) - kept
+        moved = np.zeros(len(rows), dtype=bool)
+        changed = np.flatnonzero(surplus > 0)
+        for home, mine in self._groups(rows[changed]):
+            session, places = self._inner[home], changed[mine]
+            if hasattr(session, "drop"):
+                session.drop(self._place[rows[places]], surplus[places])
+            else:
+                moved[places] = True
+        self._move(rows[moved], [reads[place] for place in np.flatnonzero(moved)])
+        stay = np.flatnonzero(~moved)
+        self._feed(rows[stay], [reads[place][kept[place] :] for place in stay.tolist()])
+        for row, read in zip(rows.tolist(), reads, strict=True):
+            self._read[row] = read
+        self._stale[rows] = False
+
+    def _feed(self, rows: np.ndarray, tails: Sequence[Prefix]) -> None:
+        for step in range(max(map(len, tails), default=0)):
+            longer = np.array([place for place, tail in enumerate(tails) if len(tail) > step])
+            for home, mine in self._groups(rows[longer]):
+                tokens = torch.tensor([tails[place][step] for place in longer[mine].tolist()], dtype=torch.int64)
+                self._inner[home].append(self._place[rows[longer[mine]]], tokens)
+
+    def _groups(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+        """Sessions of `rows`, each with the places of its rows in `rows`."""
+        homes = self._home[rows]
+        for home in np.unique(homes).tolist():
+            yield home, np.flatnonzero(homes == home)
+
+    def _move(self, rows: np.ndarray, reads: Sequence[Prefix]) -> None:
+        if not len(rows):
+            return
+        for home in self._home[rows].tolist():
+            self._members[home] -= 1
+            if not self._members[home]:
+                self._retired += self._inner.pop(home).cost
+        self._open(rows, reads)
+
+    def _open(self, rows: np.ndarray, reads: Sequence[Prefix]) -> None:
+        self._home[rows], self._place[rows] = self._opened, np.arange(len(rows))
+        self._inner[self._opened] = open_session(self._aligned.model, reads)
+        self._members[self._opened] = len(rows)
+        self._opened += 1
+
+
+def _common(one: Prefix, other: Prefix) -> int:
+    """Length of the longest common prefix."""
+    for place, (a, b) in enumerate(zip(one, other, strict=False)):
+        if a != b:
+            return place
+    return min(len(one), len(other))
