@@ -130,6 +130,8 @@ def summarise(
     keys and values of one row of one component, 0 if unknown; `prompt_length` the mean over rows.
     """
     me, ce = files["ME"], files["CE"]
+    if not me or not ce:
+        raise ValueError("files must hold at least one part of ME and one of CE")
     names = [name for name in statistics(me) if _varies(me, name) and _varies(ce, name)]
     if not names:
         raise ValueError("no statistic varies between rows of a prompt in both arms: give more rows or steps")
@@ -207,7 +209,7 @@ def _varies_throughout(rows: Floats) -> bool:
     squares = (rows - rows.mean(0)) ** 2
     total = squares.sum(0)
     without = total - squares.max(0) * len(rows) / (len(rows) - 1)
-    return bool(((total > 0) & (without > 1e-9 * total)).all())
+    return bool(((np.ptp(rows, axis=0) > 0) & (without > 1e-9 * total)).all())
 
 
 def _widened(ratio: Estimate, factor: float) -> Estimate:

@@ -89,7 +89,9 @@ def plan(
     if models is None:
         parts += _siblings(where, quick=quick)
         if not quick:
-            parts += _language_models(LANGUAGE_MODEL, where)
+            # Long rows take half the time in half precision; the record states what rounding does.
+            long = {"dtype": "bfloat16"} if dtype == "float32" else {}
+            parts += _language_models(LANGUAGE_MODEL, where, long=long)
         parts += _instruments(seed, quick=quick)
     else:
         parts += _siblings(where, quick=quick) if tuple(models) == SIBLINGS else _language_models(models, where)
@@ -126,7 +128,7 @@ def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
     return [_part(name, "siblings", SIBLINGS, where, **options) for name, options in chosen.items()]
 
 
-def _language_models(models: Sequence[str], where: dict[str, Any]) -> list[Part]:
+def _language_models(models: Sequence[str], where: dict[str, Any], *, long: dict[str, Any] | None = None) -> list[Part]:
     tag = "+".join(name.replace("/", "_").replace(":", "_") for name in models)
     chosen: dict[str, dict[str, Any]] = {
         "per_step": {"prompts": 1, "draws": 2_000_000},
@@ -138,7 +140,7 @@ def _language_models(models: Sequence[str], where: dict[str, Any]) -> list[Part]
         "weights": {"text_bytes": 3000, "document_bytes": 300, "runs": 0},
         "long": {
             "rows": 48, "steps": 1024, "batch": 48, "window": None, "hop": None, "scored": 48, "paired": 24,
-            "control": 16,
+            "control": 32, **(long or {}),
         },
     }  # fmt: skip
     return [_part(name, tag, tuple(models), where, **options) for name, options in chosen.items()]
@@ -176,7 +178,7 @@ def _instruments(seed: int, *, quick: bool) -> list[Part]:
 def _part(name: str, tag: str, models: Sequence[str], where: dict[str, Any], **options: Any) -> Part:
     # Not all take everything: the cache floor is measured in every dtype, so it has none of its own.
     taken = {field.name for field in dataclasses.fields(load("experiments", name).Config)}
-    known = {option: value for option, value in where.items() if option in taken}
+    known = {option: value for option, value in where.items() if option in taken and option not in options}
     return Part(name, tag, _config(name, models=tuple(models), **known, **options))
 
 

@@ -317,6 +317,5 @@ def test_memory_is_that_of_one_part_however_many_rows_there_are() -> None:
     """The peak of one process after N rows, after 4N in parts of N, and after 24N at once."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, timeout=300, check=True)
     few, many, together = map(int, done.stdout.split())
-    print(f"{many / few:.4f}, {together / many:.3f}")
     assert many / few < 1.02
     assert together / many > 1.05  # so the measure would see rows that pile up

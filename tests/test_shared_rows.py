@@ -275,11 +275,11 @@ CORRECTS = {
     "lags.lag_test": "test_lags_of_shared_paths_count_once",
     "lags.prefill_per_step": "test_intervals_of_the_prefill_count_groups",
 }
-# Numbers of each row, or what holds a sampler and draws nothing.
+# Numbers of each row, what holds a sampler and draws nothing, or draws with a sampler that shares nothing.
 SAYS_NOTHING_OF_A_SAMPLE = {
     "sensitivity.readings.step_tv_sums", "sensitivity.readings.tokens_forwarded", "sensitivity.reweight.values_of",
     "routers.decoding.Decodings", "testing.mutants.Mutant", "testing.fuzz.FuzzRejected", "trace.Trace",
-    "testing.session_fuzz.fuzz_session",
+    "testing.session_fuzz.fuzz_session", "acceptance.Speculation", "acceptance.measure_acceptance",
 }  # fmt: skip
 _NAMES = {"sampler", "samplers", "trace", "traces", "build", "against"}
 
