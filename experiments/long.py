@@ -150,7 +150,7 @@ def _judge(
         recorder, "variance over rows and over blocks, ME against CE, every statistic", label, shape,
         f"{len(found.comparisons)} statistics; furthest from 1: {worst.name}, ratio {_interval(worst.ratio)}, "
         f"p = {pvalue:.2g} (Bonferroni over {many})",
-        pvalue > config.level, power + rounding,
+        pvalue > config.level, power + rounding + _control(found, config),
     )  # fmt: skip
     pvalue = min(1.0, len(found.tests) * min(test.pvalue for test in found.tests.values()))
     tests = next(iter(found.tests.values()))
@@ -198,26 +198,43 @@ def _judge(
                 claim="C14", statement=f"share of the variance of {what} that the component path decides",
                 models=label, n=f"{config.paired:,} pairs of rows", statistic=largest,
                 tv_upper=None, bound=f"{config.confidence:.0%} interval", verdict=_verdict(config), held=True,
-                caveat=meaning(shares, config.confidence),
+                caveat=meaning(shares, config),
             )  # fmt: skip
-    if found.control_tests is not None:
-        # Its means may be near those of CE: what it cannot hide is how far its rows lie apart.
-        spreads = [ratio_pvalue(ratio, config.control - 1) for ratio in found.control.values()]
-        pvalue = min(1.0, 2 * min([found.control_tests.pvalue, *(len(spreads) * spread for spread in spreads)]))
+    # Only components that are far apart must show one component per sequence; for others `_control` says what it said.
+    if config.models == SIBLINGS and found.control_tests is not None:
+        pvalue = _control_pvalue(found, config)
         recorder.check(
             f"one component per sequence is found with {config.control} rows ({label}, p = {pvalue:.1e})",
             pvalue <= config.level,
         )
 
 
-def meaning(shares: dict[str, Any], confidence: float) -> str:
+def _control_pvalue(found: LongSummary, config: Config) -> float:
+    """Of the control's means and laws, and of how far its rows lie apart, which it can hide less."""
+    assert found.control_tests is not None
+    spreads = [ratio_pvalue(ratio, config.control - 1) for ratio in found.control.values()]
+    return min(1.0, 2 * min([found.control_tests.pvalue, *(len(spreads) * spread for spread in spreads)]))
+
+
+def _control(found: LongSummary, config: Config) -> str:
+    """What the tests are worth here, in the words of a caveat: do they find one component per sequence?"""
+    if found.control_tests is None:
+        return ""
+    pvalue = _control_pvalue(found, config)
+    seen = "found" if pvalue <= config.level else "not found either: the tests say little here"
+    return f"; one component per sequence, {config.control} rows, is {seen} (p = {pvalue:.1e})"
+
+
+def meaning(shares: dict[str, Any], config: Config) -> str:
     """What the component path's share of the variance says, in a sentence."""
     high = max(estimate.interval[1] for estimate in shares.values())
     surely = [name for name, estimate in shares.items() if estimate.interval[0] > 0]
     part = f"for {', '.join(surely)} it is above 0" if surely else "for none of them is it seen to be above 0"
+    few = "; with fewer than 100 pairs and long tails such an interval is too narrow" if config.paired < 100 else ""
     return (
         f"which model wrote which token decides at most {min(1.0, high):.0%} of how continuations differ in any of "
-        f"{len(shares)} statistics ({confidence:.0%} intervals, one by one); {part}; the rest is the tokens' own chance"
+        f"{len(shares)} statistics ({config.confidence:.0%} intervals, one by one); {part}; the rest is chance in the "
+        f"tokens{few}"
     )
 
 

@@ -48,7 +48,7 @@ def long(
         int | None, typer.Option(min=0, help="Rows run again on the same component path; default a quarter of --rows.")
     ] = None,
     control: Annotated[
-        int, typer.Option(min=0, help="Rows with one component per sequence, which must be found; 0 for none.")
+        int, typer.Option(min=0, help="Rows with one component per sequence, to see what the tests find; 0 for none.")
     ] = 64,
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default one per core for bundled models, else one.")
