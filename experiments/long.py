@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from scipy import stats
 
-from me_stats.long_run import LongPlan, column, generate, open_plan
+from me_stats.long_run import LongPlan, column, generate, open_plan, seconds_spent
 from me_stats.long_summary import LongSummary, ratio_pvalue, summarise
 from me_stats.models import Ensemble
 from me_stats.models.base import open_session
@@ -80,6 +80,7 @@ def run(
     longest = max(map(len, encoded))
     folder = nullcontext(str(work / config_key(NAME, config))) if work is not None else tempfile.TemporaryDirectory()
     with folder as place:
+        recorder.count_earlier(seconds_spent(Path(place)))
         files = generate(
             plan, Path(place), workers=_workers(config) if workers is None else workers,
             progress=lambda done, total: progress(0.95 * done / total, f"{done:,} of {total:,} tokens"),

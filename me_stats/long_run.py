@@ -9,6 +9,8 @@ Memory is that of one part, however many rows there are. Four arms, on rows of t
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,12 +27,14 @@ from me_stats.models import Endless, Ensemble, Windowed
 from me_stats.models.windowed import context_length
 from me_stats.parts import UNREADABLE, Arrays, PartOfWork, Tick, run_parts
 from me_stats.presets import Setting, open_setting
+from me_stats.record import write_atomically
 from me_stats.row_statistics import block_means, first_end, scored_tokens, token_features, token_statistics
 from me_stats.samplers import CESampler, MESampler, Sampler, SequenceMixtureSampler
 from me_stats.variance import FrozenDraw
 
 Arm = Literal["ME", "CE", "same path", "control"]
 SCORED = ("log_prob", "entropy", "responsibility", "disagreement")
+_SECONDS = "seconds.json"
 _STEP_SEEDS = 2**40  # between the arms' seeds: no user's second run has them by chance
 
 
@@ -135,8 +139,22 @@ def generate(
                 units = (stop - start + len(_scored(plan, arm, start, stop))) * plan.steps
                 work.append(PartOfWork(name, units, partial(_part, plan, arm, start, stop)))
                 arms[arm].append(name)
-    run_parts(work, folder, workers=workers, threads=1 if workers > 1 else None, progress=progress)
+    started, before = time.perf_counter(), seconds_spent(folder)
+    try:
+        run_parts(work, folder, workers=workers, threads=1 if workers > 1 else None, progress=progress)
+    finally:
+        # Beside the parts, which hold what they hold however long it took.
+        spent = before + time.perf_counter() - started
+        write_atomically(folder / _SECONDS, json.dumps({"seconds": round(spent, 1)}) + "\n")
     return {arm: [folder / f"{name}.npz" for name in names] for arm, names in arms.items()}
+
+
+def seconds_spent(folder: Path) -> float:
+    """Wall time that earlier runs of `generate` spent on this folder, in seconds."""
+    try:
+        return float(json.loads((folder / _SECONDS).read_text(encoding="utf-8"))["seconds"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0.0
 
 
 def column(files: Sequence[Path], name: str) -> NDArray[Any]:

@@ -186,6 +186,10 @@ class Recorder:
             }
         )
 
+    def count_earlier(self, seconds: float) -> None:
+        """Add time that earlier, interrupted runs spent on what this one goes on with."""
+        self._started -= seconds
+
     def finish(self, results: dict[str, Any]) -> Record:
         config = plain(self.config)
         return Record(

@@ -69,7 +69,7 @@ def sampled(arm: Arm) -> Any:
 def test_parts_and_rows_are_those_of_the_plan(files: dict[Arm, list[Path]]) -> None:
     assert {arm: len(found) for arm, found in files.items()} == {"ME": 3, "CE": 3, "same path": 2, "control": 3}
     assert [path.name for path in files["same path"]] == ["same-path-000000.npz", "same-path-000004.npz"]
-    assert len(list(files["ME"][0].parent.iterdir())) == 11
+    assert len(list(files["ME"][0].parent.glob("*.npz"))) == 11
     for arm in ARMS:
         assert column(files[arm], "prompt").tolist() == [row % 3 for row in range(PLAN.rows_of(arm))]
     assert column(files["CE"], "scored rows").tolist() == [0, 1, 2, 3, 4, 5]
@@ -198,7 +198,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_files(files: dict[Arm, list[
         stop = Stop(tmp_path, parts)
         with pytest.raises(KeyboardInterrupt):
             generate(PLAN, tmp_path, progress=stop)
-        assert len(list(tmp_path.iterdir())) == parts
+        assert len(list(tmp_path.glob("*.npz"))) == parts
     seen: list[tuple[int, int]] = []
     again = generate(PLAN, tmp_path, progress=lambda *given: seen.append(given))
     # Every token once, and once more where it is scored.
@@ -319,3 +319,15 @@ def test_memory_is_that_of_one_part_however_many_rows_there_are() -> None:
     few, many, together = map(int, done.stdout.split())
     assert many / few < 1.02
     assert together / many > 1.05  # so the measure would see rows that pile up
+
+
+def test_time_spent_adds_up_over_runs(tmp_path: Path) -> None:
+    plan = dataclasses.replace(PLAN, scored=0, paired=0, control=0)
+    assert long_run.seconds_spent(tmp_path) == 0.0
+    generate(plan, tmp_path)
+    first = long_run.seconds_spent(tmp_path)
+    (tmp_path / "seconds.json").write_text('{"seconds": 1000.0}\n', encoding="utf-8")
+    generate(plan, tmp_path)
+    assert first < 1000.0 <= long_run.seconds_spent(tmp_path) < 1000.0 + 60.0
+    (tmp_path / "seconds.json").write_text("half a fi", encoding="utf-8")
+    assert long_run.seconds_spent(tmp_path) == 0.0
