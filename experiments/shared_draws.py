@@ -288,7 +288,7 @@ def _judge(
         recorder, statement="the design effect of a batch is 1 + (B-1) S, S the share of the component path",
         models="toys", n=f"{runs:,} runs of {config.groups} or more batches, {len(effects)} cases",
         statistic=f"95% intervals cover the closed form in {covered / runs:.1%} of runs, least in {least:.1%}",
-        tv_upper=None, bound="", held=not any(row["short"] for row in effects),
+        tv_upper=None, bound="coverage of 95% intervals, counted", held=not any(row["short"] for row in effects),
         caveat=(
             f"sums of tokens; the largest effect is {largest['expected']:.1f} at B = {largest['B']}; coverage "
             f"significantly below {config.coverage:.0%} would fail"
@@ -315,7 +315,7 @@ def _judge(
             f"false alarms at level {config.level:g}: at most {high:.3f} of runs; tests that count rows "
             f"{min(rates):.2f} to {max(rates):.2f}"
         ),
-        tv_upper=None, bound="", held=not any(row["above"] for row in corrected),
+        tv_upper=None, bound="rate of false alarms, counted", held=not any(row["above"] for row in corrected),
         caveat="holds for C14 too: comparisons of long rows must count batches where draws are shared",
     )  # fmt: skip
     recorder.check(
@@ -346,7 +346,7 @@ def _judge(
             f"{siblings['forwards_per_step_alone']:.2f} without sharing; {siblings['speed_ratio']:.2f} times the "
             "tokens a second"
         ),
-        tv_upper=None, bound="", held=once,
+        tv_upper=None, bound="forwards are counted", held=once,
         caveat=(
             f"largest design effect {effect['value']:.2f} ({effect['interval'][0]:.2f} to {effect['interval'][1]:.2f}, "
             f"{effect['statistic']}); small models on a CPU, speed is reported and not checked"

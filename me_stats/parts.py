@@ -127,8 +127,11 @@ def _in_processes(
         executor.shutdown()
     except BaseException as error:
         executor.shutdown(wait=False, cancel_futures=True)
-        for process in set(multiprocessing.active_children()) - strangers:
+        ours = set(multiprocessing.active_children()) - strangers
+        for process in ours:
             process.terminate()
+        for process in ours:
+            process.join(timeout=5)
         if isinstance(error, BrokenProcessPool):
             raise WorkerDied(
                 "a process of the run died, perhaps for want of memory; finished parts are kept: run again with fewer "
