@@ -223,7 +223,7 @@ def _control(found: LongSummary, config: Config) -> str:
         return ""
     pvalue = _control_pvalue(found, config)
     seen = "found" if pvalue <= config.level else "not found either: the tests say little here"
-    return f"; one component per sequence, {config.control} rows, is {seen} (p = {pvalue:.1e})"
+    return f"; one component per sequence, {config.control} rows, is {seen} (p = {pvalue:.2g})"
 
 
 def meaning(shares: dict[str, Any], config: Config) -> str:
