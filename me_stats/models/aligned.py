@@ -18,13 +18,12 @@ from me_stats.models.base import (
     Cost,
     LanguageModel,
     Prefix,
-    Session,
     checked_laws,
-    open_session,
     path_log_probs,
     require_language_model,
 )
 from me_stats.models.ensemble import _log_add
+from me_stats.models.moving import MovingRows
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
 
 
@@ -184,20 +183,14 @@ class AlignedSession:
         self._history = [distinct[tuple(prompt)] for prompt in prompts]
         self._read: list[tuple[int, ...]] = [reads[tuple(prompt)] for prompt in prompts]
         self._stale = np.zeros(len(prompts), dtype=bool)
-        self._inner: dict[int, Session] = {}
-        self._members: dict[int, int] = {}
-        self._home = np.zeros(len(prompts), dtype=np.int64)
-        self._place = np.zeros(len(prompts), dtype=np.int64)
-        self._retired = Cost()
-        self._opened = 0
         # The last token of a prompt is the one that new bytes change, and the others can be shared by its rows.
         heads = [read[:-1] if len(read) > 1 else read for read in self._read]
-        self._open(np.arange(len(prompts)), heads)
+        self._rows = MovingRows(aligned.model, heads)
         self._feed(np.arange(len(prompts)), [read[len(head) :] for read, head in zip(self._read, heads, strict=True)])
 
     @property
     def cost(self) -> Cost:
-        return sum((session.cost for session in self._inner.values()), self._retired)
+        return self._rows.cost
 
     def append(self, rows: np.ndarray, tokens: Tensor) -> None:
         strings = self._aligned.shared.strings
@@ -208,13 +201,7 @@ class AlignedSession:
 
     def log_probs(self, rows: np.ndarray) -> Tensor:
         self._catch_up(rows[self._stale[rows]])
-        parts = [(mine, self._inner[home].log_probs(self._place[rows[mine]])) for home, mine in self._groups(rows)]
-        push = self._aligned.push
-        if len(parts) == 1:
-            return push(parts[0][1])
-        back = np.argsort(np.concatenate([mine for mine, _ in parts]), kind="stable")
-        laws = torch.cat([laws for _, laws in parts])
-        return push(laws[torch.from_numpy(back).to(laws.device)])
+        return self._aligned.push(self._rows.log_probs(rows))
 
     def _catch_up(self, rows: np.ndarray) -> None:
         """Bring the model's own rows to the canonical tokenisation of their histories."""
@@ -223,13 +210,13 @@ class AlignedSession:
         surplus = np.array([len(self._read[row]) for row in rows.tolist()], dtype=np.int64) - kept
         moved = np.zeros(len(rows), dtype=bool)
         changed = np.flatnonzero(surplus > 0)
-        for home, mine in self._groups(rows[changed]):
-            session, places = self._inner[home], changed[mine]
+        for session, mine in self._rows.groups(rows[changed]):
+            places = changed[mine]
             if hasattr(session, "drop"):
-                session.drop(self._place[rows[places]], surplus[places])
+                session.drop(self._rows.place[rows[places]], surplus[places])
             else:
                 moved[places] = True
-        self._move(rows[moved], [reads[place] for place in np.flatnonzero(moved)])
+        self._rows.move(rows[moved], [reads[place] for place in np.flatnonzero(moved)])
         stay = np.flatnonzero(~moved)
         self._feed(rows[stay], [reads[place][kept[place] :] for place in stay.tolist()])
         for row, read in zip(rows.tolist(), reads, strict=True):
@@ -239,30 +226,8 @@ class AlignedSession:
     def _feed(self, rows: np.ndarray, tails: Sequence[Prefix]) -> None:
         for step in range(max(map(len, tails), default=0)):
             longer = np.array([place for place, tail in enumerate(tails) if len(tail) > step])
-            for home, mine in self._groups(rows[longer]):
-                tokens = torch.tensor([tails[place][step] for place in longer[mine].tolist()], dtype=torch.int64)
-                self._inner[home].append(self._place[rows[longer[mine]]], tokens)
-
-    def _groups(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Sessions of `rows`, each with the places of its rows in `rows`."""
-        homes = self._home[rows]
-        for home in np.unique(homes).tolist():
-            yield home, np.flatnonzero(homes == home)
-
-    def _move(self, rows: np.ndarray, reads: Sequence[Prefix]) -> None:
-        if not len(rows):
-            return
-        for home in self._home[rows].tolist():
-            self._members[home] -= 1
-            if not self._members[home]:
-                self._retired += self._inner.pop(home).cost
-        self._open(rows, reads)
-
-    def _open(self, rows: np.ndarray, reads: Sequence[Prefix]) -> None:
-        self._home[rows], self._place[rows] = self._opened, np.arange(len(rows))
-        self._inner[self._opened] = open_session(self._aligned.model, reads)
-        self._members[self._opened] = len(rows)
-        self._opened += 1
+            tokens = torch.tensor([tails[place][step] for place in longer.tolist()], dtype=torch.int64)
+            self._rows.append(rows[longer], tokens)
 
 
 def _common(one: Prefix, other: Prefix) -> int:

@@ -27,6 +27,7 @@ from me_stats.models.base import (
     require_language_model,
 )
 from me_stats.models.conditioned import Conditioned
+from me_stats.models.moving import MovingRows
 
 
 def context_length(model: Any) -> int | None:
@@ -128,23 +129,17 @@ class WindowedSession:
     def __init__(self, windowed: Windowed, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> None:
         self._windowed, self._left = windowed, max_new_tokens
         self._length = np.array([len(prompt) for prompt in prompts], dtype=np.int64)
-        self._inner: dict[int, Session] = {}
-        self._members: dict[int, int] = {}
-        self._home = np.zeros(len(prompts), dtype=np.int64)
-        self._place = np.zeros(len(prompts), dtype=np.int64)
-        self._retired = Cost()
-        self._opened = 0
         # The newest W tokens of each row, token i of a row in column i modulo W.
         self._recent = torch.zeros((len(prompts), windowed.window), dtype=torch.int64)
         seen = [tuple(prompt[int(windowed.start(len(prompt))) :]) for prompt in prompts]
         for row, (prompt, view) in enumerate(zip(prompts, seen, strict=True)):
             columns = torch.arange(len(prompt) - len(view), len(prompt)) % windowed.window
             self._recent[row, columns] = torch.tensor(view, dtype=torch.int64)
-        self._open(np.arange(len(prompts)), seen)
+        self._rows = MovingRows(windowed.model, seen, max_new_tokens=self._room(seen))
 
     @property
     def cost(self) -> Cost:
-        return sum((session.cost for session in self._inner.values()), self._retired)
+        return self._rows.cost
 
     def append(self, rows: np.ndarray, tokens: Tensor) -> None:
         if tokens.device != self._recent.device:
@@ -154,27 +149,15 @@ class WindowedSession:
         before = self._windowed.start(self._length[rows])
         self._length[rows] += 1
         hops = self._windowed.start(self._length[rows]) != before
+        if not hops.any():
+            self._rows.append(rows, tokens)
+            return
         stay = np.flatnonzero(~hops)
-        for home, mine in self._groups(rows[stay]):
-            places = stay[mine]
-            own = tokens if len(places) == len(rows) else tokens[torch.from_numpy(places).to(tokens.device)]
-            self._inner[home].append(self._place[rows[places]], own)
-        if hops.any():
-            self._move(rows[hops])
+        self._rows.append(rows[stay], tokens[torch.from_numpy(stay).to(tokens.device)])
+        self._move(rows[hops])
 
     def log_probs(self, rows: np.ndarray) -> Tensor:
-        parts = [(mine, self._inner[home].log_probs(self._place[rows[mine]])) for home, mine in self._groups(rows)]
-        if len(parts) == 1:
-            return parts[0][1]
-        together = torch.cat([laws for _, laws in parts])
-        back = np.argsort(np.concatenate([mine for mine, _ in parts]), kind="stable")
-        return together[torch.from_numpy(back).to(together.device)]
-
-    def _groups(self, rows: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-        """Sessions of `rows`, each with the places of its rows in `rows`."""
-        homes = self._home[rows]
-        for home in np.unique(homes).tolist():
-            yield home, np.flatnonzero(homes == home)
+        return self._rows.log_probs(rows)
 
     def _move(self, rows: np.ndarray) -> None:
         # Device to host once a hop: the inner model takes the tokens in view as a prompt.
@@ -184,19 +167,12 @@ class WindowedSession:
             tuple(ring[np.arange(start, stop) % self._windowed.window].tolist())
             for ring, start, stop in zip(recent, self._windowed.start(stops).tolist(), stops.tolist(), strict=True)
         ]
-        for home in self._home[rows].tolist():
-            self._members[home] -= 1
-            if not self._members[home]:
-                self._retired += self._inner.pop(home).cost
-        self._open(rows, views)
+        self._rows.move(rows, views, max_new_tokens=self._room(views))
 
-    def _open(self, rows: np.ndarray, views: Sequence[Prefix]) -> None:
+    def _room(self, views: Sequence[Prefix]) -> int:
+        """Tokens that the longest view can still get before it hops."""
         room = self._windowed.window - max(map(len, views), default=0)
-        hint = room if self._left is None else min(room, self._left)
-        self._home[rows], self._place[rows] = self._opened, np.arange(len(rows))
-        self._inner[self._opened] = open_session(self._windowed.model, views, max_new_tokens=hint)
-        self._members[self._opened] = len(rows)
-        self._opened += 1
+        return room if self._left is None else min(room, self._left)
 
 
 class Endless(LanguageModel):

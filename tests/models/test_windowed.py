@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from me_stats import exact
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Conditioned, Endless, Ensemble, MarkovModel, TableModel, TransformersModel, Windowed
+from me_stats.models.moving import MovingRows
 from me_stats.models.windowed import WindowedSession, context_length
 from me_stats.samplers import CESampler, MESampler
 from me_stats.testing import ModelRejected, check_session
@@ -72,7 +73,7 @@ def _moved(session: Any, rows: np.ndarray, starts: np.ndarray) -> None:
         tuple(own[np.arange(a, b) % window].tolist())
         for own, a, b in zip(ring, starts, session._length[rows], strict=True)
     ]
-    session._open(rows, views)
+    session._rows.move(rows, views)
 
 
 def never_moves(patch: pytest.MonkeyPatch) -> None:
@@ -83,9 +84,9 @@ def never_moves(patch: pytest.MonkeyPatch) -> None:
 def rows_swapped(patch: pytest.MonkeyPatch) -> None:
     """Laws come back in the order of the sessions, not of the rows."""
     patch.setattr(
-        WindowedSession,
+        MovingRows,
         "log_probs",
-        lambda self, rows: torch.cat([self._inner[h].log_probs(self._place[rows[m]]) for h, m in self._groups(rows)]),
+        lambda self, rows: torch.cat([s.log_probs(self.place[rows[mine]]) for s, mine in self.groups(rows)]),
     )
 
 
@@ -105,7 +106,7 @@ def test_memory_is_that_of_the_window_and_work_is_counted() -> None:
     for step in range(200):
         session.log_probs(rows)
         session.append(rows, torch.full((3,), step % 3))
-    assert len(session._inner) == 1
+    assert len(session._rows.sessions) == 1
     assert session.cost.reads == 600  # sessions that were left count on
 
 
