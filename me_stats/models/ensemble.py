@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,7 +26,55 @@ from me_stats.models.base import path_log_probs as component_path_log_probs
 _CHUNK = 1 << 22  # probabilities that `chunked_paths` keeps together
 
 
-class Ensemble(LanguageModel):
+class Combination(LanguageModel):
+    """A law that `combine` makes of K component laws and the mixing weights, all at one prefix.
+
+    Components and mixing are those of an `Ensemble`, with the same errors.
+    """
+
+    def __init__(self, components: Sequence[Any], mixing: Mixing) -> None:
+        if not components:
+            raise ValueError("components must hold at least one language model")
+        if not isinstance(mixing, Mixing):
+            raise TypeError(f"mixing must be a Mixing such as ConstantMixing([...]), got {mixing!r}")
+        for i, component in enumerate(components):
+            require_language_model(component, name=f"components[{i}]")
+            components[0].vocabulary.require_equal(
+                component.vocabulary, name="components[0]", other_name=f"components[{i}]"
+            )
+        if mixing.n_components != len(components):
+            raise ValueError(
+                f"mixing has {mixing.n_components} weights for {len(components)} components; give one each"
+            )
+        self.components = tuple(components)
+        self.mixing = mixing
+        self.vocabulary = components[0].vocabulary
+
+    @abstractmethod
+    def combine(self, laws: Sequence[Tensor], log_weights: Tensor) -> Tensor:
+        """The law (B, V) from K component laws (B, V) and log-weights (B, K)."""
+
+    def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
+        laws = [checked_laws(c, c.log_probs(prefixes), len(prefixes)) for c in self.components]
+        return self.combine(laws, checked_log_weights(self.mixing, prefixes))
+
+    def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> EnsembleSession:
+        return EnsembleSession(self, prompts, max_new_tokens=max_new_tokens)
+
+    def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
+        for laws, log_weights in self.component_paths(prompts, tokens):
+            yield self.combine(laws, log_weights)
+
+    def component_paths(
+        self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]
+    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """Teacher-forced laws of each component, K × (T_row, V), and log-weights (T_row, K), per row."""
+        paths = [component_path_log_probs(c, prompts, tokens) for c in self.components]
+        for prompt, path, *laws in zip(prompts, tokens, *paths, strict=True):
+            yield tuple(laws), self.mixing.path_log_weights(prompt, path)
+
+
+class Ensemble(Combination):
     r"""Mixture of K laws over one vocabulary, :math:`P(x|c) = \sum_i w_i(c) P_i(x|c)`.
 
     Parameters
@@ -54,42 +103,8 @@ class Ensemble(LanguageModel):
     Source: arXiv 2605.00419, section 2.1.
     """
 
-    def __init__(self, components: Sequence[Any], mixing: Mixing) -> None:
-        if not components:
-            raise ValueError("components must hold at least one language model")
-        if not isinstance(mixing, Mixing):
-            raise TypeError(f"mixing must be a Mixing such as ConstantMixing([...]), got {mixing!r}")
-        for i, component in enumerate(components):
-            require_language_model(component, name=f"components[{i}]")
-            components[0].vocabulary.require_equal(
-                component.vocabulary, name="components[0]", other_name=f"components[{i}]"
-            )
-        if mixing.n_components != len(components):
-            raise ValueError(
-                f"mixing has {mixing.n_components} weights for {len(components)} components; give one each"
-            )
-        self.components = tuple(components)
-        self.mixing = mixing
-        self.vocabulary = components[0].vocabulary
-
-    def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
-        laws = [checked_laws(c, c.log_probs(prefixes), len(prefixes)) for c in self.components]
-        return mix(laws, checked_log_weights(self.mixing, prefixes))
-
-    def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> EnsembleSession:
-        return EnsembleSession(self, prompts, max_new_tokens=max_new_tokens)
-
-    def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
-        for laws, log_weights in self.component_paths(prompts, tokens):
-            yield mix(list(laws), log_weights)
-
-    def component_paths(
-        self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]
-    ) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """Teacher-forced laws of each component, K × (T_row, V), and log-weights (T_row, K), per row."""
-        paths = [component_path_log_probs(c, prompts, tokens) for c in self.components]
-        for prompt, path, *laws in zip(prompts, tokens, *paths, strict=True):
-            yield tuple(laws), self.mixing.path_log_weights(prompt, path)
+    def combine(self, laws: Sequence[Tensor], log_weights: Tensor) -> Tensor:
+        return mix(laws, log_weights)
 
     def __repr__(self) -> str:
         return f"Ensemble({list(self.components)!r}, {self.mixing!r})"
@@ -130,11 +145,12 @@ def chunked_paths(
 class EnsembleSession:
     """One session per component, each catching up only when it is read."""
 
-    def __init__(self, ensemble: Ensemble, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> None:
+    def __init__(self, model: Combination, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> None:
         self.components: tuple[Session, ...] = tuple(
-            open_session(c, prompts, max_new_tokens=max_new_tokens) for c in ensemble.components
+            open_session(c, prompts, max_new_tokens=max_new_tokens) for c in model.components
         )
-        self.mixing = ensemble.mixing.session(prompts)
+        self.mixing = model.mixing.session(prompts)
+        self._combine = model.combine
 
     @property
     def cost(self) -> Cost:
@@ -148,7 +164,7 @@ class EnsembleSession:
         self.mixing.append(rows, tokens)
 
     def log_probs(self, rows: np.ndarray) -> Tensor:
-        return mix([session.log_probs(rows) for session in self.components], self.mixing.log_weights(rows))
+        return self._combine([session.log_probs(rows) for session in self.components], self.mixing.log_weights(rows))
 
 
 def mix(laws: Sequence[Tensor], log_weights: Tensor) -> Tensor:

@@ -7,70 +7,22 @@ sample one: `CESampler`, K runs a token; `SpeculativeSampler` with an ME draft; 
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from me_stats.mixing import Mixing, checked_log_weights
-from me_stats.models.base import Cost, LanguageModel, Prefix, checked_laws
-from me_stats.models.ensemble import Ensemble, EnsembleSession, mix
+from me_stats.mixing import Mixing
+from me_stats.models.ensemble import Combination, Ensemble, mix
 from me_stats.models.warped import Greedy, Temperature, TopK, TopP, Warp, Warped
 
 Cause = Literal["temperature", "union", "joint", "top_k_again", "top_p", "greedy"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 
-class JointTransform(LanguageModel):
-    """A law that `combine` makes of the K component laws and the mixing weights of a prefix.
-
-    Parameters
-    ----------
-    components, mixing
-        As of an `Ensemble`; the same errors.
-    """
-
-    def __init__(self, components: Sequence[Any], mixing: Mixing) -> None:
-        self._ensemble = Ensemble(components, mixing)
-        self.components, self.mixing = self._ensemble.components, mixing
-        self.vocabulary = self._ensemble.vocabulary
-
-    @abstractmethod
-    def combine(self, laws: Sequence[Tensor], log_weights: Tensor) -> Tensor:
-        """The law (B, V) from K component laws (B, V) and log-weights (B, K)."""
-
-    def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
-        laws = [checked_laws(c, c.log_probs(prefixes), len(prefixes)) for c in self.components]
-        return self.combine(laws, checked_log_weights(self.mixing, prefixes))
-
-    def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> JointSession:
-        return JointSession(self, self._ensemble.session(prompts, max_new_tokens=max_new_tokens))
-
-    def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
-        for laws, log_weights in self._ensemble.component_paths(prompts, tokens):
-            yield self.combine(laws, log_weights)
-
-
-class JointSession:
-    """One session per component, all read together."""
-
-    def __init__(self, model: JointTransform, session: EnsembleSession) -> None:
-        self._combine, self._session = model.combine, session
-        self.components, self.mixing = session.components, session.mixing
-
-    @property
-    def cost(self) -> Cost:
-        return self._session.cost
-
-    def append(self, rows: np.ndarray, tokens: Tensor) -> None:
-        self._session.append(rows, tokens)
-
-    def log_probs(self, rows: np.ndarray) -> Tensor:
-        laws = [component.log_probs(rows) for component in self.components]
-        return self._combine(laws, self.mixing.log_weights(rows))
+class JointTransform(Combination):
+    """A `Combination` that needs all K laws at once: what every joint transform is, and no `Ensemble` is."""
 
 
 class UnionTopK(JointTransform):

@@ -16,8 +16,7 @@ from torch import Tensor
 
 from me_stats.mixing import ConstantMixing, Mixing, checked_log_weights
 from me_stats.models.base import Cost, Prefix, PrefixSession, Session, checked_laws, open_session, path_log_probs
-from me_stats.models.ensemble import Ensemble, mix
-from me_stats.models.joint import JointTransform
+from me_stats.models.ensemble import Combination
 from me_stats.models.warped import Warped
 
 
@@ -63,8 +62,7 @@ def open_lookback(model: Any, prompts: Sequence[Prefix], *, max_new_tokens: int 
 def networks(*models: Any) -> list[Any]:
     """The distinct models that the laws of `models` are made of, told apart by identity.
 
-    >>> from me_stats.models.toy import MarkovModel
-    >>> from me_stats.models.warped import TopK
+    >>> from me_stats.models import Ensemble, MarkovModel, TopK
     >>> a, b = MarkovModel.random(3, seed=0), MarkovModel.random(3, seed=1)
     >>> both = Ensemble([a, b], ConstantMixing([0.5, 0.5]))
     >>> len(networks(Warped(both, TopK(2)), Ensemble([Warped(a, TopK(2)), Warped(b, TopK(2))], both.mixing)))
@@ -76,12 +74,12 @@ def networks(*models: Any) -> list[Any]:
 def _parts(model: Any) -> tuple[Any, ...] | None:
     """What the law of `model` is computed from; None if it stands for itself.
 
-    Exact types only, and joint transforms that keep to `combine`: a subclass may have changed what the law is.
+    `Warped` itself, and combinations that keep to `combine`: a subclass may have changed what the law is.
     """
     if type(model) is Warped:
         return (model.model,)
-    own = isinstance(model, JointTransform) and type(model).log_probs is JointTransform.log_probs
-    return model.components if own or type(model) is Ensemble else None
+    own = isinstance(model, Combination) and type(model).log_probs is Combination.log_probs
+    return model.components if own else None
 
 
 def _leaves(model: Any) -> list[Any]:
@@ -111,8 +109,7 @@ class Reading:
         laws = [self.law(part) for part in parts]
         if type(model) is Warped:
             return model.warp(laws[0])
-        weights = self.log_weights(model.mixing)
-        return mix(laws, weights) if type(model) is Ensemble else model.combine(laws, weights)
+        return model.combine(laws, self.log_weights(model.mixing))
 
     def log_weights(self, mixing: Mixing) -> Tensor:
         """Log-weights (P, K) of a mixing rule, by its definition: its own runs are not counted."""

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from me_stats.draws import Draw
 from me_stats.models.base import Session
-from me_stats.models.joint import JointSession, Restricted
+from me_stats.models.ensemble import EnsembleSession
+from me_stats.models.joint import Restricted
 from me_stats.samplers.base import Batch, Sampler
 
 
@@ -69,7 +70,7 @@ class FixedMaskSampler(Sampler):
         self, batch: Batch, positions: np.ndarray, step: int, draw: Draw, memory: dict[str, Any]
     ) -> tuple[Tensor, np.ndarray | None]:
         session = batch.session
-        assert isinstance(session, JointSession)
+        assert isinstance(session, EnsembleSession)
         laws = _StepLaws(batch, session.components, positions, step)
         log_weights = session.mixing.log_weights(positions)
         tokens = np.zeros(len(positions), dtype=np.int64)
