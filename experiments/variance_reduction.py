@@ -33,7 +33,9 @@ from me_stats.reduction import (
     weight_controls,
 )
 from me_stats.sensitivity import ExpectationPolynomial
+from me_stats.sensitivity.readings import repetition
 from me_stats.shares import PathShares, nested_shares, path_shares
+from me_stats.tails import detectable_shift
 from me_stats.trace import Trace
 from me_stats.variance import FrozenDraw
 
@@ -306,7 +308,7 @@ def _find_shares(recorder: Recorder, setting: Setting, shares: dict[str, Any], c
             held=held,
             caveat="no test of ME: CE has the same law; it is what shared component draws would correlate. "
             f"At equal cost the interval by rows on one path is {width:.2f} times as wide as that by pairs. Smallest "
-            f"share found with power 0.8: {(1.96 + 0.84) * min(e['stderr'] for e in ends.values()):.2f}",
+            f"share found with power 0.8: {detectable_shift() * min(e['stderr'] for e in ends.values()):.2f}",
         )
 
 
@@ -328,15 +330,9 @@ def _row_values(space: Floats, trace: Trace) -> dict[str, Floats]:
         "log-ratio of models": steps["log-ratio of models"].sum(1),
         "white space": steps["white space"].sum(1),
         "distinct tokens": np.array([distinct(row) for row in rows]),
-        "repeated 4-grams": np.array([_repeated(row) for row in rows]),
+        "repeated 4-grams": np.array([repetition(row, size=4) for row in rows]),
         "length": lengths,
     }
-
-
-def _repeated(row: Sequence[int], size: int = 4) -> float:
-    """Share of the n-grams of a row that it held before."""
-    grams = [tuple(row[i : i + size]) for i in range(len(row) - size + 1)]
-    return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
 def _gains(

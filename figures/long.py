@@ -12,7 +12,7 @@ from me_stats.record import Record
 from me_stats.report import Figure
 from me_stats.report.style import COLORS, MARKERS, figure, save
 
-_NAMES = {"log_prob": "log-probability", "line breaks": "line breaks"}
+_NAMES = {"log_prob": "log-probability"}
 _FIRST = ("entropy", "log_prob", "repetition")  # what growth and drift show, the first that there is
 
 

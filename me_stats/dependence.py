@@ -20,6 +20,7 @@ from scipy import fft, stats
 from me_stats.chi_square import check_level
 from me_stats.per_sequence import checked_sample
 from me_stats.sensitivity.estimate import Estimate
+from me_stats.tails import detectable_shift
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -266,7 +267,7 @@ def log_rank_test(
     if variance <= 0:
         return LogRank(0.0, 1.0, n, m, int(ends.sum()), math.inf, level)
     z = float((ends_x - ends * share).sum()) / math.sqrt(variance)
-    found = math.exp(float(stats.norm.isf(level / 2) + stats.norm.ppf(0.8)) / math.sqrt(variance))
+    found = math.exp(detectable_shift(level) / math.sqrt(variance))
     return LogRank(z, 2 * float(stats.norm.sf(abs(z))), n, m, int(ends.sum()), found, level)
 
 

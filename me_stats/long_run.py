@@ -11,8 +11,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from me_stats.dependence import autocorrelation_time
 from me_stats.lags import longest_waits, prefilled_tokens, turn_ages
 from me_stats.models import Endless, Ensemble, Windowed
 from me_stats.models.windowed import context_length
-from me_stats.parts import UNREADABLE, Arrays, PartOfWork, Tick, run_parts
+from me_stats.parts import Arrays, PartOfWork, Tick, open_part, run_parts
 from me_stats.presets import Setting, open_setting
 from me_stats.record import write_atomically
 from me_stats.row_statistics import block_means, first_end, scored_tokens, token_features, token_statistics
@@ -161,7 +160,7 @@ def column(files: Sequence[Path], name: str) -> NDArray[Any]:
     """One statistic of all rows of an arm, (N, ...), in the order of rows; parts without it are left out."""
     found = []
     for path in files:
-        with _open(path) as part:
+        with open_part(path) as part:
             if name in part.files:
                 found.append(part[name])
     if not found:
@@ -173,17 +172,8 @@ def names_of(files: Sequence[Path]) -> tuple[str, ...]:
     """What the first part of an arm holds; nothing, if it has no part."""
     if not files:
         return ()
-    with _open(files[0]) as part:
+    with open_part(files[0]) as part:
         return tuple(part.files)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
-            yield part
-    except UNREADABLE as error:
-        raise ValueError(f"{path.name} is missing or damaged ({error}); run again to compute it") from error
 
 
 def _scored(plan: LongPlan, arm: Arm, start: int, stop: int) -> range:
@@ -221,9 +211,9 @@ def _part(plan: LongPlan, arm: Arm, start: int, stop: int, tick: Tick) -> Arrays
         found["scored rows"] = numbers[kept]
         if len(rows) >= 3:
             for name in ("log_prob", "entropy"):
-                time = autocorrelation_time(scores[name])
-                found[f"{name} time"] = time.rows
-                found[f"{name} pooled time"] = np.array([[time.pooled.value, *time.pooled.interval, time.pooled.n]])
+                tau = autocorrelation_time(scores[name])
+                found[f"{name} time"] = tau.rows
+                found[f"{name} pooled time"] = np.array([[tau.pooled.value, *tau.pooled.interval, tau.pooled.n]])
     if trace.components is not None and arm == "ME":
         lengths = np.array([len(prompts[p]) for p in which])
         found |= _paths(trace.components.numpy(), lengths, ensemble, plan.blocks)
@@ -231,7 +221,6 @@ def _part(plan: LongPlan, arm: Arm, start: int, stop: int, tick: Tick) -> Arrays
         found["first tokens"] = tokens[:1, :200]
         if trace.components is not None:
             found["first path"] = trace.components.numpy().astype(np.int16)
-    found["cost"] = np.array([[trace.cost.forwards, trace.cost.tokens_forwarded, trace.cost.reads]])
     return found
 
 

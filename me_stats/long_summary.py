@@ -25,14 +25,14 @@ from me_stats.long_run import Arm, LongPlan, column, names_of
 from me_stats.per_sequence import SequenceTests, sequence_tests, variance_ratio
 from me_stats.sensitivity.estimate import Estimate, mean_estimate
 from me_stats.shares import PathShares, path_shares
-from me_stats.tails import POWER
+from me_stats.tails import detectable_shift
 from me_stats.variance import VarianceGrowth, shared_variance, variance_growth
 
 Floats = NDArray[np.float64]
 Files = Sequence[Path]
 
 _CHAINS = 4  # of each arm, for R-hat
-_NOT_STATISTICS = {"prompt", "end", "scored rows", "first tokens", "first path", "cost", "component share",
+_NOT_STATISTICS = {"prompt", "end", "scored rows", "first tokens", "first path", "component share",
                    "prefilled", "longest wait", "held tokens"}  # fmt: skip
 
 
@@ -220,7 +220,7 @@ def _widened(ratio: Estimate, factor: float) -> Estimate:
 
 def _seen(ratio: Estimate) -> float:
     """Ratio told from 1 at level .05 with power .8, for the error of this one's logarithm."""
-    return math.exp((float(stats.norm.isf(0.025)) + float(stats.norm.ppf(POWER))) * ratio.stderr / ratio.value)
+    return math.exp(detectable_shift() * ratio.stderr / ratio.value)
 
 
 def ratio_pvalue(ratio: Estimate, df: int) -> float:

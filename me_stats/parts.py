@@ -10,9 +10,10 @@ import io
 import multiprocessing
 import signal
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,7 @@ from me_stats.record import write_atomically
 Tick = Callable[[int], None]
 Arrays = dict[str, np.ndarray]
 # What numpy and zipfile raise for a damaged file: a flipped bit may ask for a password or for terabytes.
-UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, RuntimeError, MemoryError)
+_UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, RuntimeError, MemoryError)
 
 
 class WorkerDied(RuntimeError):
@@ -95,13 +96,23 @@ def run_parts(
     return paths
 
 
+@contextmanager
+def open_part(path: Path) -> Iterator[Any]:
+    """The file of a finished part, whose arrays are read when they are asked for; ValueError for a damaged one."""
+    try:
+        # Opened here: of a damaged file numpy would leave its own handle open.
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as part:
+            yield part
+    except _UNREADABLE as error:
+        raise ValueError(f"{path.name} is missing or damaged ({error}); run again to compute it") from error
+
+
 def load_part(path: Path) -> Arrays | None:
     """The arrays of a finished part; None where there is none, or a damaged one."""
     try:
-        # Opened here: of a damaged file numpy would leave its own handle open.
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-            return {name: arrays[name] for name in arrays.files}
-    except UNREADABLE:
+        with open_part(path) as part:
+            return {name: part[name] for name in part.files}
+    except ValueError:
         return None
 
 

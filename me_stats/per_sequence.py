@@ -16,7 +16,7 @@ from scipy import stats
 
 from me_stats.chi_square import check_level
 from me_stats.sensitivity.estimate import Estimate
-from me_stats.tails import POWER
+from me_stats.tails import POWER, detectable_shift
 from me_stats.twosample import Scores
 
 Floats = NDArray[np.float64]
@@ -59,8 +59,7 @@ def detectable_ratio(n: int, *, kurtosis: float = 3.0, level: float = 0.05, powe
     check_level(level)
     if n < 2 or not kurtosis >= 1 or not 0 < power < 1:
         raise ValueError(f"need n >= 2, kurtosis >= 1 and power in (0, 1), got {n}, {kurtosis}, {power}")
-    z = float(stats.norm.isf(level / 2) + stats.norm.ppf(power))
-    return math.exp(z * math.sqrt(2 * (kurtosis - 1) / n))
+    return math.exp(detectable_shift(level, power) * math.sqrt(2 * (kurtosis - 1) / n))
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,7 @@ def sequence_tests(
             f"exchange groups of one size: too few to reject {count} tests at {level:g}; draw more groups"
         )
     share, scale = level / count, math.sqrt(1 / n + 1 / m)
-    z = float(stats.norm.isf(share / 2) + stats.norm.ppf(POWER))
+    z = detectable_shift(share)
     columns = np.stack([np.concatenate(pair) for pair in pairs.values()], 1)
     # Where the true distance is D, the empirical one is about N(D, at most scale^2/4) at the same point.
     ks_floor = (math.sqrt(-math.log(share / 2) / 2) + float(stats.norm.ppf(POWER)) / 2) * scale

@@ -142,6 +142,15 @@ def supermartingale_critical(level: float, df: int) -> float:
     return (2 * math.log(len(_SCALES) / level) + df * math.log(21)) * 21 / 20
 
 
+def detectable_shift(level: float = 0.05, power: float = POWER) -> float:
+    """Standard errors by which an estimate must be off for a two-sided normal test at `level` to find it.
+
+    >>> round(detectable_shift(), 3)
+    2.802
+    """
+    return float(stats.norm.isf(level / 2) + stats.norm.ppf(power))
+
+
 def detectable_noncentrality(critical: float, df: int) -> float:
     """Non-centrality at which a chi-square on `df` degrees of freedom passes `critical` with probability 0.8.
 

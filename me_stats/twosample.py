@@ -28,7 +28,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import sparse, stats
 
 from me_stats.chi_square import check_level
-from me_stats.tails import POWER, detectable_noncentrality
+from me_stats.tails import detectable_noncentrality, detectable_shift
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
@@ -398,7 +398,7 @@ def _rows(design: _Design, scores: Scores, level: float) -> list[_Statistic]:
         steps = [np.cumsum(off[:, order], axis=1)[:, end] for order, end in zip(orders, ends, strict=True)]
         return np.stack([np.abs(step).max(1, initial=0.0) for step in steps], axis=1) / design.weight
 
-    z = float(stats.norm.isf(level / (2 * len(columns))) + stats.norm.isf(1 - POWER))
+    z = detectable_shift(level / len(columns))
     effect, names = "difference of means, in standard deviations within prompts", tuple(columns)
     means = _Statistic(
         "row means", lambda c: np.abs((c - design.share) @ scaled), z / math.sqrt(design.weight), effect, names

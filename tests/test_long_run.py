@@ -23,19 +23,13 @@ from me_stats.samplers import CESampler, MESampler, Sampler, SequenceMixtureSamp
 from me_stats.variance import FrozenDraw
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PLAN = LongPlan(
     models=SIBLINGS, prompts=("The names of the ", "def f(x):\n", "class A:"), weights=None, dtype="float32",
     device="cpu", rows=10, steps=24, batch=4, blocks=3, window=16, hop=8, scored=6, paired=8, control=9, seed=11,
 )  # fmt: skip
 PER_TOKEN = ("repetition", "distinct", "letters", "line breaks")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

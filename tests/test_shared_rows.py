@@ -34,6 +34,7 @@ from me_stats.sweep import sweep
 from me_stats.testing import check_sampler, fuzz_sampler
 from me_stats.testing.drawing import Source
 from me_stats.trace import require_independent_rows
+from tests.stand_ins import Ungrouped
 from tests.strategies import LastTokenMixing, ensembles, horizons, prompts, seeds
 
 pytestmark = pytest.mark.usefixtures("tables_for_any_length")
@@ -46,16 +47,6 @@ LONG = Ensemble([MarkovModel.random(4, seed=s) for s in range(3)], ConstantMixin
 def router() -> Ensemble:
     weights = np.random.default_rng(0).dirichlet(np.ones(2), 4)
     return Ensemble(TOY.components, LastTokenMixing(weights))
-
-
-class Ungrouped(MESampler):
-    """Planted bug: claims to share draws, and every row has its own."""
-
-    def _components(
-        self, log_weights: Tensor, rows: np.ndarray, positions: np.ndarray, step: int, draw: Draw,
-        memory: dict[str, Any],
-    ) -> np.ndarray:  # fmt: skip
-        return draw(log_weights, rows, step, stream="component").numpy()
 
 
 class TokensToo(MESampler):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -79,10 +78,10 @@ def distinct(row: Sequence[int]) -> float:
     return len(set(row)) / len(row) if row else 1.0
 
 
-def repetition(row: Sequence[int]) -> float:
-    """Share of a row's bigrams that stood in it before; 0 below two tokens."""
-    bigrams = list(itertools.pairwise(row))
-    return 1.0 - len(set(bigrams)) / len(bigrams) if bigrams else 0.0
+def repetition(row: Sequence[int], *, size: int = 2) -> float:
+    """Share of a row's runs of `size` tokens that stood in it before; 0 for a shorter row."""
+    runs = [tuple(row[start : start + size]) for start in range(len(row) - size + 1)]
+    return 1.0 - len(set(runs)) / len(runs) if runs else 0.0
 
 
 def tokens_forwarded(trace: Trace, weights: Weights) -> Floats:

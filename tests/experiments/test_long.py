@@ -20,6 +20,8 @@ from me_stats.record import Record, config_key
 from me_stats.report.style import read_data
 from tests import tiny
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 long = job.load("experiments", "long")
 TINY: dict[str, Any] = tiny.OPTIONS["long"]
 # For planted errors: two arms of short rows without a window, 64 of them.
@@ -29,14 +31,6 @@ SMALL = TINY | {
 }  # fmt: skip
 VARIANCE, MEANS, DRIFT, LAGS = "variance over rows", "law of row means", "drift along the row", "lags of each component"
 CONTROL = "one component per sequence"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Any:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def failed(found: Record) -> list[str]:

@@ -16,6 +16,7 @@ from me_stats.draws import Draw
 from me_stats.record import Record, config_key
 from me_stats.report.style import read_data
 from tests import tiny
+from tests.stand_ins import Ungrouped
 
 shared_draws = job.load("experiments", "shared_draws")
 TINY: dict[str, Any] = tiny.OPTIONS["shared_draws"]
@@ -74,16 +75,6 @@ def test_the_rows_say_what_was_compared() -> None:
 
 
 # Planted bugs
-
-
-class Ungrouped(MESampler):
-    """Every row has component draws of its own, whatever is asked for."""
-
-    def _components(
-        self, log_weights: Tensor, rows: np.ndarray, positions: np.ndarray, step: int, draw: Draw,
-        memory: dict[str, Any],
-    ) -> np.ndarray:  # fmt: skip
-        return draw(log_weights, rows, step, stream="component").numpy()
 
 
 class TokensInPairs(MESampler):

@@ -13,6 +13,7 @@ import pytest
 from me_stats import reproduce as job
 from me_stats.record import Record, config_key
 from me_stats.report.style import read_data
+from me_stats.sensitivity.readings import repetition
 from me_stats.variance import FrozenDraw
 from tests import tiny
 
@@ -81,8 +82,8 @@ def test_progress_and_seed() -> None:
 
 
 def test_repetition_and_the_exact_value_of_what_a_component_wrote() -> None:
-    assert experiment._repeated([1, 2, 3, 4] * 2) == pytest.approx(1 / 5)
-    assert experiment._repeated([1, 2]) == 0
+    assert repetition([1, 2, 3, 4] * 2, size=4) == pytest.approx(1 / 5)
+    assert repetition([1, 2], size=4) == 0
     ensemble = experiment.Ensemble(
         [experiment.TableModel([[1 - p, p]], order=0) for p in (0.2, 0.6)], experiment.ConstantMixing([0.25, 0.75])
     )

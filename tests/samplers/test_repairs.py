@@ -9,12 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from me_stats.draws import Draw, RowStreams, Stream
+from me_stats.draws import Draw
 from me_stats.exact import sampler_law, sequence_law
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Ensemble, TableModel, Warped
 from me_stats.models.joint import Allowed, Restricted, UnionTopK
 from me_stats.samplers import FixedMaskSampler, MESampler
+from tests.stand_ins import Ledger
 from tests.strategies import LastTokenMixing, ensembles, horizons, prompts, seeds
 
 TOYS = [TableModel.random(3, seed=seed, order=2) for seed in (0, 1, 2)]
@@ -109,20 +110,6 @@ def test_redrawing_only_the_token_is_the_law_of_masks_inside_the_components() ->
 
 
 # --- random numbers and cost ----------------------------------------------------------------------------
-
-
-class Ledger(RowStreams):
-    """Keeps the addresses that were asked for."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.asked: list[tuple[str, int, int]] = []
-
-    def __call__(
-        self, log_law: Tensor, rows: np.ndarray, step: int, *, stream: Stream, index: Tensor | None = None
-    ) -> Tensor:
-        self.asked += [(stream, int(row), step) for row in rows]
-        return super().__call__(log_law, rows, step, stream=stream, index=index)
 
 
 @given(seeds, st.integers(0, 3))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from me_stats.acceptance import measure_acceptance
 from me_stats.divergence import tv_distance
-from me_stats.draws import RowStreams, Stream
 from me_stats.exact import sampler_law, sequence_law
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Ensemble, Greedy, MarkovModel, TableModel, Temperature, TopK, TopP, Warped
@@ -20,6 +19,7 @@ from me_stats.models.joint import PublishedCE, UnionTopK, published_me
 from me_stats.models.shared import Reading
 from me_stats.samplers import MESampler, SpeculativeSampler
 from me_stats.samplers.speculative import _drawn, _Round
+from tests.stand_ins import Ledger
 from tests.strategies import LastTokenMixing, ensembles, seeds, warps
 
 Orders = Callable[[list[TableModel], ConstantMixing], tuple[Any, Any]]
@@ -88,20 +88,6 @@ def test_the_chunk_changes_no_token(name: str, chunk: int, eos: tuple[int, ...])
     one = sampler.sample([[1, 2]], n=1, max_new_tokens=19, seed=5, rows=[9])
     width = one.tokens.shape[1]
     assert torch.equal(one.tokens[0], trace.tokens[9, :width])
-
-
-class Ledger(RowStreams):
-    """Keeps the addresses that were asked for."""
-
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
-        self.asked: list[tuple[str, int, int]] = []
-
-    def __call__(
-        self, log_law: Tensor, rows: np.ndarray, step: int, *, stream: Stream, index: Tensor | None = None
-    ) -> Tensor:
-        self.asked += [(stream, row, step) for row in rows.tolist()]
-        return super().__call__(log_law, rows, step, stream=stream, index=index)
 
 
 @pytest.mark.parametrize("name", ["temperature", "greedy, plain draft"])
