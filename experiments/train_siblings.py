@@ -53,6 +53,8 @@ from tokenizers import decoders, models, pre_tokenizers
 from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from me_stats.tokenizer_bytes import byte_alphabet
+
 DOMAINS = ("prose", "code")
 END = 0
 SHORTEST, LONGEST = 300, 2000  # characters: shorter sections of a text are joined, longer ones are cut
@@ -146,12 +148,7 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     GPT-2's byte alphabet shows byte 0 as a letter, but that letter in a text is two other bytes. No special
     token is registered, since its string could match in a text: the end is declared by role in config.json.
     """
-    shown = sorted(pre_tokenizers.ByteLevel.alphabet())
-    plain = [letter for letter in shown if ord(letter) < 256]  # printable bytes stand for themselves
-    others = iter(letter for letter in shown if ord(letter) >= 256)  # the rest are numbered from U+0100
-    letters = [chr(byte) if chr(byte) in plain else next(others) for byte in range(256)]
-    vocabulary = {letter: byte for byte, letter in enumerate(letters)}
-    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocab=byte_alphabet(), merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False)

@@ -22,7 +22,7 @@ from me_stats.models.base import (
     path_log_probs,
     require_language_model,
 )
-from me_stats.models.ensemble import _log_add
+from me_stats.models.ensemble import log_add
 from me_stats.models.moving import MovingRows
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
 
@@ -150,7 +150,7 @@ class PushForward:
         pushed = laws.new_full((len(laws), self.size), -torch.inf)
         for number, (to, own) in enumerate(self._rounds):
             taken = laws[:, own]
-            pushed[:, to] = taken if number == 0 else _log_add(pushed[:, to], taken)
+            pushed[:, to] = taken if number == 0 else log_add(pushed[:, to], taken)
         if not len(self._lost):
             return pushed
         kept = pushed.logsumexp(-1, keepdim=True)

@@ -175,11 +175,11 @@ def mix(laws: Sequence[Tensor], log_weights: Tensor) -> Tensor:
     weights = log_weights.to(laws[0].device, torch.promote_types(laws[0].dtype, torch.float32))
     mixed = laws[0] + weights[:, :1]
     for i, law in enumerate(laws[1:], start=1):
-        mixed = _log_add(mixed, law.to(mixed.device) + weights[:, i : i + 1])
+        mixed = log_add(mixed, law.to(mixed.device) + weights[:, i : i + 1])
     return mixed
 
 
-def _log_add(a: Tensor, b: Tensor) -> Tensor:
+def log_add(a: Tensor, b: Tensor) -> Tensor:
     """log(e^a + e^b), the same for equal entries.
 
     The last bit of torch.logaddexp depends on an entry's place in the batch, and a warp after the mixture would
