@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -118,6 +118,10 @@ class Forecast:
             for chunk in range(1, _LONGEST_CHUNK + 1)
         ]
         return int(np.argmin(costs)) + 1
+
+    def at_best(self) -> Forecast:
+        """The forecast with `best_chunk` as its chunk."""
+        return replace(self, chunk=self.best_chunk)
 
 
 def tokens_per_round(acceptance: float, chunk: int) -> float:

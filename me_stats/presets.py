@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from jinja2 import TemplateError
 
 from me_stats.mixing import ConstantMixing
-from me_stats.models import Conditioned, Ensemble, LanguageModel, TransformersModel
+from me_stats.models import Aligned, Conditioned, Ensemble, LanguageModel, TransformersModel
 from me_stats.vocabulary import Prompt
+from me_stats.vocabulary_map import ByteStrings
 
 if TYPE_CHECKING:
     from me_stats.record import Recorder
@@ -35,6 +36,8 @@ TEXT_PROMPTS = (
     "class Node:\n    def __init__(self, ",
     "An expression is evaluated ",
 )
+# For models without a vocabulary, hence without a chat format, in common.
+QUESTIONS = tuple(f"Question: {text}\nAnswer:" for text in CHAT_PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -56,6 +59,8 @@ def open_setting(
 ) -> Setting:
     """Open models by name as an ensemble: several models mixed, or one under two system prompts.
 
+    Models of different vocabularies are mixed over byte strings, see `aligned`.
+
     Parameters
     ----------
     models
@@ -71,13 +76,30 @@ def open_setting(
         components, prompts = _under_system_prompts(opened[0])
         label = f"{models[0]} under {len(components)} prompts"
     else:
-        components = opened
-        prompts = list(TEXT_PROMPTS if tuple(models) == SIBLINGS else CHAT_PROMPTS)
+        mixed = any(model.vocabulary != opened[0].vocabulary for model in opened)
+        components = aligned(opened) if mixed else opened
+        prompts = list(TEXT_PROMPTS if tuple(models) == SIBLINGS else QUESTIONS if mixed else CHAT_PROMPTS)
         label = "bundled siblings" if tuple(models) == SIBLINGS else " + ".join(models)
     if weights is None:
         weights = (0.6, 0.4) if len(components) == 2 else (1 / len(components),) * len(components)
     ensemble = Ensemble(components, ConstantMixing(weights))
     return Setting(label, ensemble, tuple(prompts), tuple(zip(models, opened, strict=True)))
+
+
+def aligned(models: Sequence[TransformersModel]) -> list[Aligned]:
+    """The models as laws over the byte strings of all of them, each behind its own begin of sequence where it has one.
+
+    Raises ValueError, with the reason, for a tokenizer that cannot be read as bytes.
+    """
+    begun = [Conditioned(model, begin) if (begin := _begin(model)) else model for model in models]
+    shared = ByteStrings.of(begun)
+    return [Aligned(model, shared) for model in begun]
+
+
+def _begin(model: TransformersModel) -> list[int]:
+    """What the tokenizer puts before a text of its own accord."""
+    plain, special = (model.vocabulary.tokenizer.encode("a", add_special_tokens=add) for add in (False, True))
+    return list(special[: len(special) - len(plain)]) if special[-len(plain) :] == plain else []
 
 
 def open_recorded(recorder: Recorder, *, weights: Sequence[float] | None = None) -> Setting:

@@ -6,7 +6,7 @@ A draft and its target usually read the same components, transformed in another 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -122,6 +122,33 @@ class Reading:
         return Reading([self.prefixes[place] for place in places], lambda leaf: _take(self.read(leaf), places))
 
 
+def readings_along(models: Sequence[Any], prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Reading]:
+    """Per row the `Reading` before each of its tokens: one pass of each network serves all laws above them.
+
+    ``reading.law(model)`` is the teacher-forced law (T_row, V) of any of the `models`, and of whatever else is made of
+    their networks.
+
+    >>> from me_stats.models import Ensemble, MarkovModel, TopK
+    >>> toys, mixing = [MarkovModel.random(4, seed=s) for s in (0, 1)], ConstantMixing([0.5, 0.5])
+    >>> after, inside = Warped(Ensemble(toys, mixing), TopK(2)), Ensemble([Warped(t, TopK(2)) for t in toys], mixing)
+    >>> [reading] = readings_along([after, inside], [(0,)], [(1, 2, 3)])
+    >>> bool((reading.law(after) == next(iter(after.path_log_probs([(0,)], [(1, 2, 3)])))).all())
+    True
+    """
+    leaves = networks(*models)
+    routed = _are_routed(models)
+    paths = [path_log_probs(leaf, prompts, tokens) for leaf in leaves]
+    for prompt, path, *laws in zip(prompts, tokens, *paths, strict=True):
+        known = {id(leaf): law for leaf, law in zip(leaves, laws, strict=True)}
+        prefixes = [(*prompt, *path[:step]) if routed else () for step in range(len(path))]
+        yield Reading(prefixes, lambda leaf, known=known: known[id(leaf)])  # type: ignore[misc]
+
+
+def _are_routed(models: Sequence[Any]) -> bool:
+    """Whether some weights depend on the prefix; constant ones need none, and long rows would copy them all."""
+    return any(type(rule) is not ConstantMixing for model in models for rule in _rules(model))
+
+
 def _take(laws: Tensor, places: np.ndarray) -> Tensor:
     return laws[torch.from_numpy(places).to(laws.device)]
 
@@ -136,8 +163,7 @@ class SharedSession:
         self._sessions = {
             id(leaf): (leaf, open_lookback(leaf, prompts, max_new_tokens=max_new_tokens)) for leaf in networks(*models)
         }
-        # Constant weights need no prefixes, and long rows would copy them at every step.
-        self._routed = any(type(rule) is not ConstantMixing for model in models for rule in _rules(model))
+        self._routed = _are_routed(models)
         self._rows = [list(prompt) for prompt in prompts]
 
     @property
