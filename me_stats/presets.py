@@ -10,6 +10,7 @@ from jinja2 import TemplateError
 
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Aligned, Conditioned, Ensemble, LanguageModel, TransformersModel
+from me_stats.tokenizer_bytes import read_tokenizer
 from me_stats.vocabulary import Prompt
 from me_stats.vocabulary_map import ByteStrings
 
@@ -17,6 +18,11 @@ if TYPE_CHECKING:
     from me_stats.record import Recorder
 
 SIBLINGS = ("bundled:prose", "bundled:code")
+MIXED_SIBLINGS = ("bundled:prose", "bundled:words")  # bytes, and pieces of text
+_LABELS: dict[tuple[str, ...], str] = {
+    SIBLINGS: "bundled siblings",
+    MIXED_SIBLINGS: "bundled siblings of two vocabularies",
+}
 
 # One model under two system prompts is an ensemble of two laws over one vocabulary (prompt ensembling).
 SYSTEM_PROMPTS = (
@@ -78,8 +84,9 @@ def open_setting(
     else:
         mixed = any(model.vocabulary != opened[0].vocabulary for model in opened)
         components = aligned(opened) if mixed else opened
-        prompts = list(TEXT_PROMPTS if tuple(models) == SIBLINGS else QUESTIONS if mixed else CHAT_PROMPTS)
-        label = "bundled siblings" if tuple(models) == SIBLINGS else " + ".join(models)
+        bundled = all(name.startswith("bundled:") for name in models)  # they complete texts and answer nothing
+        prompts = list(TEXT_PROMPTS if bundled else QUESTIONS if mixed else CHAT_PROMPTS)
+        label = _LABELS.get(tuple(models), " + ".join(models))
     if weights is None:
         weights = (0.6, 0.4) if len(components) == 2 else (1 / len(components),) * len(components)
     ensemble = Ensemble(components, ConstantMixing(weights))
@@ -89,11 +96,23 @@ def open_setting(
 def aligned(models: Sequence[TransformersModel]) -> list[Aligned]:
     """The models as laws over the byte strings of all of them, each behind its own begin of sequence where it has one.
 
-    Raises ValueError, with the reason, for a tokenizer that cannot be read as bytes.
+    Raises ValueError, with the model and the reason, for a tokenizer that cannot be read as bytes.
     """
     begun = [Conditioned(model, begin) if (begin := _begin(model)) else model for model in models]
-    shared = ByteStrings.of(begun)
+    try:
+        shared = ByteStrings.of(begun)
+    except ValueError:
+        for model in models:
+            _require_bytes(model)
+        raise
     return [Aligned(model, shared) for model in begun]
+
+
+def _require_bytes(model: TransformersModel) -> None:
+    try:
+        read_tokenizer(model.vocabulary)
+    except ValueError as error:
+        raise ValueError(f"{model.name} cannot be mixed with models of other vocabularies: {error}") from None
 
 
 def _begin(model: TransformersModel) -> list[int]:

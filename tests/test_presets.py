@@ -5,15 +5,29 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
-from transformers import LlamaConfig
+from tokenizers.models import WordLevel
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from me_stats import presets
-from me_stats.models import Conditioned
+from me_stats.models import Aligned, Conditioned
 from me_stats.models.huggingface import TransformersModel
-from me_stats.presets import CHAT_PROMPTS, SIBLINGS, SYSTEM_PROMPTS, TEXT_PROMPTS, Setting, open_recorded, open_setting
+from me_stats.presets import (
+    CHAT_PROMPTS,
+    MIXED_SIBLINGS,
+    QUESTIONS,
+    SIBLINGS,
+    SYSTEM_PROMPTS,
+    TEXT_PROMPTS,
+    Setting,
+    open_recorded,
+    open_setting,
+)
 from me_stats.record import Recorder
 from me_stats.samplers import CESampler, MESampler
+from me_stats.vocabulary_map import Role
 from tests.networks import byte_tokenizer, network, shape
 
 BUNDLED = Path(presets.__file__).parent / "models" / "bundled"
@@ -31,15 +45,24 @@ NO_SYSTEM = (
 SYSTEM_LAST = "{% for m in messages | reverse %}<{{ m.role }}>{{ m.content }}{% endfor %}"
 
 
-def save(folder: Path, *, seed: int = 0, chat_template: str | None = None, extra: str | None = None) -> str:
+def save(
+    folder: Path, *, seed: int = 0, chat_template: str | None = None, tokenizer: PreTrainedTokenizerFast | None = None
+) -> str:
+    tokenizer = tokenizer or byte_tokenizer(chat_template=chat_template)
     sizes: dict[str, Any] = {"vocab_size": 264, "hidden_size": 16, "intermediate_size": 16, "head_dim": 4}
-    config = LlamaConfig(**shape(**sizes, max_position_embeddings=256, eos_token_id=257))
+    config = LlamaConfig(**shape(**sizes, max_position_embeddings=256, eos_token_id=tokenizer.eos_token_id))
     network(config, seed=seed).save_pretrained(folder)
-    tokenizer = byte_tokenizer(chat_template=chat_template)
-    if extra is not None:
-        tokenizer.add_tokens([extra])
     tokenizer.save_pretrained(folder)
     return str(folder)
+
+
+def begun(*more: str) -> PreTrainedTokenizerFast:
+    """Bytes and `more` strings, with a begin of sequence that the tokenizer puts before a text."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_tokens([*more])
+    begin = ("<s>", tokenizer.bos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[begin])
+    return tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -76,6 +99,50 @@ def test_several_models_are_mixed(folders: list[str]) -> None:
     assert weights(three) == pytest.approx([1 / 3] * 3, abs=1e-15)
     assert {model.dtype for _, model in three.models} == {torch.bfloat16}
     assert weights(open_setting(folders, weights=[0.5, 0.25, 0.25])) == [0.5, 0.25, 0.25]
+
+
+def test_models_of_different_vocabularies_are_aligned_behind_their_begins(folders: list[str], tmp_path: Path) -> None:
+    other = save(tmp_path / "begun", seed=7, tokenizer=begun(" the", "ing"))
+    setting = open_setting([folders[0], other])
+    assert setting.prompts == QUESTIONS
+    assert setting.label == f"{folders[0]} + {other}"
+    assert weights(setting) == [0.6, 0.4]
+    (_, plain), (_, behind) = setting.models
+    first, second = setting.ensemble.components
+    assert isinstance(first, Aligned)
+    assert isinstance(second, Aligned)
+    assert first.model is plain  # its tokenizer puts nothing before a text
+    assert isinstance(second.model, Conditioned)
+    assert second.model.model is behind
+    assert second.model.context == (behind.vocabulary.tokenizer.bos_token_id,)
+    shared = first.shared
+    assert second.shared is shared
+    assert set(shared.strings) == {bytes([value]) for value in range(256)} | {b" the", b"ing"}
+    ids = [behind.vocabulary.tokenizer.encode(text) for text in setting.prompts]
+    expected = behind.log_probs([tuple(row) for row in ids]).exp()
+    law = second.log_probs([setting.ensemble.vocabulary.encode(text) for text in setting.prompts]).exp()
+    place = shared.strings.index(b"ing")
+    token = behind.vocabulary.tokenizer.convert_tokens_to_ids("ing")
+    kept = expected[:, [role in (Role.ORDINARY, Role.END) for role in second.token_bytes.roles]].sum(-1)
+    assert torch.allclose(law[:, place], expected[:, token] / kept, atol=1e-5)
+    assert len(MESampler(setting.ensemble).sample(setting.prompts, max_new_tokens=4).texts()) == len(QUESTIONS)
+
+
+def test_the_siblings_of_two_vocabularies_complete_texts() -> None:
+    setting = open_setting(MIXED_SIBLINGS)
+    assert setting.label == "bundled siblings of two vocabularies"
+    assert setting.prompts == TEXT_PROMPTS
+    prose, words = setting.ensemble.components
+    assert isinstance(prose, Aligned)
+    assert isinstance(words, Aligned)
+    assert isinstance(prose.model, TransformersModel)
+    assert words.model.context == (2,)  # type: ignore[attr-defined]
+    three = open_setting((*SIBLINGS, "bundled:words"))
+    assert three.label == "bundled:prose + bundled:code + bundled:words"
+    assert three.prompts == TEXT_PROMPTS
+    assert {len(component.vocabulary.tokenizer.strings) for component in three.ensemble.components} == {
+        len(prose.shared.strings)
+    }
 
 
 def test_one_model_without_a_chat_template_reads_the_system_prompts_as_text(folders: list[str]) -> None:
@@ -139,8 +206,10 @@ def test_bad_models_are_refused(folders: list[str], tmp_path: Path) -> None:
         open_setting([])
     with pytest.raises(ValueError, match=r"^dtype must be one of"):
         open_setting(folders[:1], dtype="int4")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="different vocabularies"):
-        open_setting([folders[0], save(tmp_path, extra="more")])
+    bare = tokenizers.Tokenizer(WordLevel({"a": 0, "</s>": 1, "?": 2}, unk_token="?"))
+    words = PreTrainedTokenizerFast(tokenizer_object=bare, eos_token="</s>", unk_token="?")
+    with pytest.raises(ValueError, match=r"words cannot be mixed .*\(WordLevel\) has neither byte-level .* fallback"):
+        open_setting([folders[0], save(tmp_path / "words", tokenizer=words)])
 
 
 @dataclass(frozen=True)

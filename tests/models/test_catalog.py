@@ -108,11 +108,13 @@ def test_get_entry_suggests_or_lists() -> None:
     assert get_entry("gemma3-270m").licence == "Gemma Terms of Use"
     with pytest.raises(CatalogError, match="did you mean 'gemma3-270m'"):
         get_entry("gemma3-207m")
-    with pytest.raises(CatalogError, match="known are bundled:prose, bundled:code, smollm2-135m, gemma3-270m"):
+    with pytest.raises(
+        CatalogError, match="known are bundled:prose, bundled:code, bundled:words, smollm2-135m, gemma3-270m"
+    ):
         get_entry("xyzzy")
 
 
-@pytest.mark.parametrize("name", ["bundled:prose", "bundled:code"])
+@pytest.mark.parametrize("name", ["bundled:prose", "bundled:code", "bundled:words"])
 def test_bundled_models_are_as_large_as_the_catalog_says(name: str) -> None:
     if not pulled(name):
         pytest.skip(f"{name} is not built: run experiments/train_siblings.py")
