@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from typing import Any
 
@@ -17,6 +17,7 @@ import numpy as np
 from me_stats.vocabulary import Vocabulary
 
 Tokenize = Callable[[bytes], Sequence[int]]
+Entry = tuple[bytes, str]
 
 
 class Role(IntEnum):
@@ -32,7 +33,7 @@ class Role(IntEnum):
 class TokenBytes:
     """The bytes of every token id, and how the tokenizer reads bytes.
 
-    Two tables are equal when bytes, roles and prefix agree; the reading rule itself is not compared.
+    Two tables are equal when bytes, roles, prefix and names agree; the reading rule itself is not compared.
 
     Parameters
     ----------
@@ -47,11 +48,14 @@ class TokenBytes:
     tokenize
         The canonical tokenisation, bytes → ids: a function of the bytes alone, for every byte string. None for a
         table without a reading rule, which can be counted and compared but not aligned.
+    names
+        (V,) a name for each id that has bytes, where ids shall be matched by name; see `ByteStrings`.
 
     Raises
     ------
     ValueError
-        For ids outside the table, an end or an unused id with bytes, or an id whose bytes are empty.
+        For ids outside the table, an end or an unused id with bytes, an id whose bytes are empty, or one with bytes
+        and no name among `names`.
 
     Examples
     --------
@@ -69,6 +73,7 @@ class TokenBytes:
     unused: tuple[int, ...] = ()
     prefix: bytes = b""
     tokenize: Tokenize | None = field(default=None, compare=False, repr=False)
+    names: tuple[str | None, ...] | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "strings", tuple(self.strings))
@@ -77,13 +82,20 @@ class TokenBytes:
             object.__setattr__(self, name, ids)
             if ids and not 0 <= ids[0] <= ids[-1] < len(self.strings):
                 raise ValueError(f"{name} ids must lie in 0..{len(self.strings) - 1}, got {ids}")
-            spelled = [token for token in ids if self.strings[token] is not None]
-            if spelled:
+            written = [token for token in ids if self.strings[token] is not None]
+            if written:
                 raise ValueError(
-                    f"{name} has id {spelled[0]}, which stands for {self.strings[spelled[0]]!r}; give None"
+                    f"{name} has id {written[0]}, which stands for {self.strings[written[0]]!r}; give None"
                 )
         if any(string == b"" for string in self.strings):
             raise ValueError(f"id {self.strings.index(b'')} stands for no bytes at all; give None for a control token")
+        if self.names is not None:
+            object.__setattr__(self, "names", tuple(self.names))
+            if len(self.names) != len(self.strings):
+                raise ValueError(f"names has {len(self.names)} entries for {len(self.strings)} ids")
+            for token, (string, spelled) in enumerate(zip(self.strings, self.names, strict=True)):
+                if string is not None and spelled is None:
+                    raise ValueError(f"id {token} stands for {string!r:.60} and has no name")
 
     @classmethod
     def greedy(cls, strings: Iterable[bytes | None], *, eos: Sequence[int] = ()) -> TokenBytes:
@@ -120,17 +132,34 @@ class TokenBytes:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of bytes, roles and prefix."""
-        return _digest([*self.strings, b"eos", repr((self.eos, self.unused)).encode(), self.prefix])
+        """A hash of bytes, roles, prefix and names."""
+        names = () if self.names is None else (b"names", *(None if n is None else n.encode() for n in self.names))
+        return _digest([*self.strings, b"eos", repr((self.eos, self.unused)).encode(), self.prefix, *names])
+
+    @property
+    def entries(self) -> list[Entry | None]:
+        """(V,) what ids are matched by: bytes and name; the name is empty without `names`."""
+        names = ("",) * self.size if self.names is None else self.names
+        return [
+            None if string is None else (string, name or "") for string, name in zip(self.strings, names, strict=True)
+        ]
+
+    def named(self, names: Sequence[str | None]) -> TokenBytes:
+        """The same table with a name (V,) for each id."""
+        return replace(self, names=tuple(names))
 
     def encode(self, history: bytes) -> tuple[int, ...]:
         """The canonical tokenisation of `history`; ValueError for a table without a reading rule."""
+        return self.encode_within(self.prefix + history)
+
+    def encode_within(self, string: bytes) -> tuple[int, ...]:
+        """The tokenisation of bytes that do not begin a text, so without `prefix`."""
         if self.tokenize is None:
             raise ValueError(
                 "this table has bytes but no reading rule, so no history can be read; "
                 "make it from a model's fast tokenizer (me_stats.tokenizer_bytes.read_tokenizer)"
             )
-        return tuple(self.tokenize(self.prefix + history))
+        return tuple(self.tokenize(string))
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`, joined; ids without bytes add none."""
@@ -144,15 +173,21 @@ class ByteStrings:
     last, and only where some table has one. A text has many spellings in these strings. All of them mean the same
     history, since a history is its bytes.
 
+    Tables with `TokenBytes.names` are matched by name as well: ids share an entry only where bytes and names both
+    agree, so equal bytes under other names split, which is what a union of token strings does. A history is its bytes
+    all the same, and `Aligned` works unchanged.
+
     Parameters
     ----------
     tables
-        One `TokenBytes` per tokenizer.
+        One `TokenBytes` per tokenizer; all with names or none.
 
     Attributes
     ----------
     strings
-        The distinct byte strings, sorted.
+        The distinct byte strings, sorted; with names a string stands once for each name.
+    names
+        The name of each entry; None without names.
     vocabulary
         The `Vocabulary` over them: what an ensemble of aligned models writes. Its tokenizer is this object.
 
@@ -171,25 +206,43 @@ class ByteStrings:
         if not tables:
             raise ValueError("tables must hold at least one TokenBytes")
         self.tables = tuple(tables)
-        distinct = {string for table in self.tables for string in table.strings if string is not None}
+        if len({table.names is None for table in self.tables}) > 1:
+            raise ValueError("some tables have names and some have none; give names to all, or to none")
+        distinct = {entry for table in self.tables for entry in table.entries if entry is not None}
         if not distinct:
             raise ValueError("no table has an id that stands for bytes")
-        self.strings = tuple(sorted(distinct, key=lambda string: (len(string), string)))
-        self._index = {string: number for number, string in enumerate(self.strings)}
+        entries = sorted(distinct, key=lambda entry: (len(entry[0]), *entry))
+        self.strings = tuple(string for string, _ in entries)
+        self.names = None if self.tables[0].names is None else tuple(name for _, name in entries)
+        self._index = {entry: number for number, entry in enumerate(entries)}
         self._by_vocabulary: dict[Vocabulary, TokenBytes] = {}
-        self._greedy = _Greedy(self._index)
+        # Of entries with the same bytes the first spells a text: reversed, it is the one that the dict keeps.
+        self._greedy = _Greedy({string: number for number, string in reversed(list(enumerate(self.strings)))})
         ends = (len(self.strings),) if any(table.eos for table in self.tables) else ()
+        names = () if self.names is None else (None, *(name.encode() for name in self.names))
         self.vocabulary = Vocabulary(
-            len(self.strings) + len(ends), eos=ends, fingerprint=_digest(self.strings), tokenizer=self
+            len(self.strings) + len(ends), eos=ends, fingerprint=_digest([*self.strings, *names]), tokenizer=self
         )
 
     @classmethod
-    def of(cls, models: Sequence[Any], *, drop_normalizer: bool = False) -> ByteStrings:
-        """The alphabet of models with fast tokenizers; see `read_tokenizer` for `drop_normalizer`."""
+    def of(
+        cls,
+        models: Sequence[Any],
+        *,
+        drop_normalizer: bool = False,
+        names: Callable[[Vocabulary, TokenBytes], Sequence[str | None]] | None = None,
+    ) -> ByteStrings:
+        """The alphabet of models with fast tokenizers.
+
+        See `read_tokenizer` for `drop_normalizer`. `names`, such as those of `me_stats.vocabulary_names`, gives the
+        names (V,) of a vocabulary's ids, to match ids by.
+        """
         from me_stats.tokenizer_bytes import read_tokenizer
 
         vocabularies = list(dict.fromkeys(model.vocabulary for model in models))
         tables = [read_tokenizer(vocabulary, drop_normalizer=drop_normalizer) for vocabulary in vocabularies]
+        if names is not None:
+            tables = [table.named(names(own, table)) for own, table in zip(vocabularies, tables, strict=True)]
         shared = cls(tables)
         shared._by_vocabulary = dict(zip(vocabularies, tables, strict=True))
         return shared
@@ -207,17 +260,29 @@ class ByteStrings:
         """(V,) the shared id of each id of `table`, -1 for controls and unused rows."""
         end = self.vocabulary.eos[0] if self.vocabulary.eos else -1
         targets = np.full(table.size, -1, dtype=np.int64)
-        for token, string in enumerate(table.strings):
-            if string is not None:
-                if string not in self._index:
-                    raise ValueError(f"the shared strings lack {string!r}: make them from this table too")
-                targets[token] = self._index[string]
+        for token, entry in enumerate(table.entries):
+            if entry is not None:
+                if entry not in self._index:
+                    known = repr(entry[0]) + (f" named {entry[1]!r}" if entry[1] else "")
+                    raise ValueError(f"the shared strings lack {known}: make them from this table too")
+                targets[token] = self._index[entry]
         if table.eos and end < 0:
             raise ValueError(
                 "the shared strings have no end of sequence, but this table has one: make them from it too"
             )
         targets[list(table.eos)] = end
         return targets
+
+    def table(self) -> TokenBytes:
+        """These strings as a tokenizer of their own, without names: what aligns a model over them with other strings.
+
+        >>> names = (["a", "<b>"], ["a", "b"])
+        >>> split = ByteStrings([TokenBytes.greedy([b"a", b"b"]).named(own) for own in names])
+        >>> ByteStrings([split.table()]).targets(split.table()).tolist()
+        [0, 1, 1]
+        """
+        ends = self.vocabulary.eos
+        return TokenBytes((*self.strings, *(None for _ in ends)), eos=ends, tokenize=self._greedy)
 
     def bytes_of(self, ids: Iterable[int]) -> bytes:
         """The bytes of shared ids, joined; ValueError for the end, after which there is no text."""

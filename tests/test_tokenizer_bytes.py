@@ -3,16 +3,19 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AutoTokenizer
 
+from me_stats.models import Aligned, TableModel
 from me_stats.models.catalog import pulled
 from me_stats.tokenizer_bytes import AWKWARD, SPACE, byte_alphabet, read_tokenizer, require_round_trip
 from me_stats.vocabulary import Vocabulary
-from me_stats.vocabulary_map import Role, TokenBytes
+from me_stats.vocabulary_map import ByteStrings, Role, TokenBytes
 
 MERGES = [("t", "h"), ("th", "e"), ("Ġ", "the"), ("Ã", "©")]
 
@@ -64,6 +67,14 @@ def kinds() -> list[tuple[Tokenizer, str]]:
         (byte_level(space=True), "<eos>"),
         *((fallback(space=space), "</s>") for space in ("none", "prepend", "metaspace")),
     ]
+
+
+class Written(TableModel):
+    """A law after each id of a real tokenizer."""
+
+    def __init__(self, vocabulary: Vocabulary) -> None:
+        super().__init__(np.random.default_rng(0).dirichlet(np.ones(vocabulary.size), vocabulary.size + 1), order=1)
+        self.vocabulary = vocabulary
 
 
 TABLES = [read_tokenizer(vocabulary(backend, eos=eos)) for backend, eos in kinds()]
@@ -134,6 +145,16 @@ def test_bytes_without_a_token_are_left_out() -> None:
     table = read_tokenizer(vocabulary(byte_level(skip="Ā")))  # byte 0
     assert table.unread_bytes == b"\x00"
     assert table.bytes_of(table.encode(b"th\x00e")) == b"the"
+    assert table.encode(b"th\x00e") == table.encode(b"the")
+    # A model says so when it meets one, and its law is a function of what it can read.
+    model = Written(vocabulary(byte_level(skip="Ā")))
+    wide = Written(vocabulary(fallback(), eos="</s>"))
+    shared = ByteStrings.of([model, wide])
+    aligned = Aligned(model, shared)
+    with pytest.warns(UserWarning, match=r"no token for the bytes b'\\x00' of a history"):
+        law = aligned.log_probs([shared.encode(b"th\x00e")])
+    assert torch.equal(law, aligned.log_probs([shared.encode(b"the")]))
+    assert Aligned(wide, shared).unread(bytes(range(256))) == b""
 
 
 @pytest.mark.parametrize(
@@ -150,6 +171,42 @@ def test_tokenizers_that_lose_text_are_refused(backend: Callable[[], Tokenizer],
     broken = backend()
     with pytest.raises(ValueError, match=message):
         read_tokenizer(Vocabulary(broken.get_vocab_size(), tokenizer=broken))
+
+
+class Slow:
+    """A tokenizer in Python: nothing says how it reads, and nothing can be read from it."""
+
+    def encode(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        return [0] * len(text)
+
+    def decode(self, ids: list[int]) -> str:
+        return "a" * len(ids)
+
+
+def word_piece() -> Tokenizer:
+    """BERT's kind: lower case, words, an unknown token."""
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "##s": 2}, unk_token="[UNK]"))
+    backend.normalizer = normalizers.BertNormalizer()
+    return backend
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "message"),
+    [
+        (Slow, r"fast tokenizer only, got Slow; load one with AutoTokenizer"),
+        (word_piece, r"\(WordPiece\) has neither byte-level tokens nor byte fallback"),
+        (lambda: fallback(byte_fallback=False), "so it loses characters that it does not know"),
+        (lambda: byte_level(normalizer=normalizers.Lowercase()), "what it reads is not what was written"),
+        (lambda: byte_level(normalizer=normalizers.Strip()), r"normalises its text \(Strip\)"),
+    ],
+)
+def test_no_alphabet_is_made_of_a_tokenizer_that_loses_text(tokenizer: Callable[[], Any], message: str) -> None:
+    good, broken = Written(vocabulary(byte_level())), Written(Vocabulary(8, fingerprint="x", tokenizer=tokenizer()))
+    with pytest.raises(ValueError, match=message):
+        ByteStrings.of([good, broken])
+    # An alphabet of the good one alone does not take the other in.
+    with pytest.raises(ValueError, match="not made from this model's vocabulary"):
+        Aligned(broken, ByteStrings.of([good]))
 
 
 def test_a_splitter_that_drops_spaces_is_refused_with_the_text() -> None:

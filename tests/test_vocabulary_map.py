@@ -126,6 +126,49 @@ def test_what_cannot_be_spelled_is_refused() -> None:
         ByteStrings([TokenBytes((None,))])
 
 
+# --- names -------------------------------------------------------------------------------------------
+
+
+def test_with_names_equal_bytes_under_other_names_are_apart() -> None:
+    one = TokenBytes.greedy([b"a", b" a", b".", None], eos=(3,)).named(["a", " a", "<0x2E>", None])
+    other = TokenBytes.greedy([b".", b".", b" a", b"a"]).named([".", "<0x2E>", " a", "A"])
+    shared = ByteStrings([one, other])
+    assert shared.strings == (b".", b".", b"a", b"a", b" a")
+    assert shared.names == (".", "<0x2E>", "A", "a", " a")
+    assert shared.targets(one).tolist() == [3, 4, 1, 5]
+    assert shared.targets(other).tolist() == [0, 1, 4, 2]
+    # A history is its bytes, so any of the entries spells it.
+    assert shared.encode(" a.") == [4, 0]
+    assert shared.decode([4, 0]) == shared.decode([4, 1]) == " a."
+    assert ByteStrings([other, one]).vocabulary == shared.vocabulary
+    plain = ByteStrings([TokenBytes.greedy(table.strings, eos=table.eos) for table in (one, other)])
+    assert plain.vocabulary != shared.vocabulary
+    assert plain.targets(shared.table()).tolist() == [0, 0, 1, 1, 2, 3]
+
+
+@given(st.text("abé", max_size=12))
+def test_one_name_for_all_is_no_names(text: str) -> None:
+    plain = ByteStrings([TABLE, OTHER])
+    named = ByteStrings([table.named(["x"] * table.size) for table in (TABLE, OTHER)])
+    assert named.strings == plain.strings
+    assert named.encode(text) == plain.encode(text) == list(plain.table().encode(text.encode()))
+
+
+def test_names_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(ValueError, match="names has 1 entries for 6 ids"):
+        TABLE.named(["a"])
+    with pytest.raises(ValueError, match="id 1 stands for b'b' and has no name"):
+        TABLE.named(["a", None, "c", None, "d", None])
+    named = TABLE.named(["a", "b", "c", None, "d", None])
+    assert named != TABLE
+    assert named.fingerprint != TABLE.fingerprint
+    assert named == TABLE.named(["a", "b", "c", None, "d", None])
+    with pytest.raises(ValueError, match="some tables have names and some have none"):
+        ByteStrings([named, OTHER])
+    with pytest.raises(ValueError, match="lack b'b' named 'B'"):
+        ByteStrings([named]).targets(TABLE.named(["a", "B", "c", None, "d", None]))
+
+
 def test_models_without_a_fast_tokenizer_are_refused() -> None:
     with pytest.raises(ValueError, match="fast tokenizer only, got NoneType"):
         ByteStrings.of([MarkovModel.random(3, seed=0)])

@@ -2,12 +2,16 @@
 
 Each component's law is pushed forward along "id → its bytes". That is a map of one law, made before the mixture, so
 CE = ME holds as it does for any transform of a component; nothing is scored by a first subtoken, and no symbol is
-split. What components share is the history in bytes. Each reads it in its own canonical tokenisation.
+split; `FirstSubtoken` and `TokenBytes.names` are there to price the aligners that do so. What components share is the
+history in bytes. Each reads it in its own canonical tokenisation.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
+from copy import copy
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -24,6 +28,8 @@ from me_stats.models.base import (
 )
 from me_stats.models.ensemble import log_add
 from me_stats.models.moving import MovingRows
+from me_stats.models.subtokens import FirstSubtoken
+from me_stats.models.warped import Warp, Warped
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
 
 
@@ -40,6 +46,11 @@ class Aligned(LanguageModel):
     inside, in its own tokens: ``Aligned(Conditioned(gemma, [2]), shared)``. So do transforms of its own law:
     ``Aligned(Warped(model, TopK(10)), shared)`` keeps ten ids, at most ten strings.
 
+    A byte that the model's tokenizer cannot spell (SmolLM2 lacks 21 byte values, none of them in ordinary text) is left
+    out of what it reads, whoever wrote it: a prompt, or another component. With `read_tokenizer` the law after
+    ``a\x04b`` is the law after ``ab``. It is a function of the prefix, so CE = ME holds. A UserWarning says so once per
+    model; `unread` tells which bytes of a history these are.
+
     Parameters
     ----------
     model
@@ -53,7 +64,8 @@ class Aligned(LanguageModel):
     ------
     ValueError
         For a model that `shared` was not made from, a table that does not fit the model, a history that holds the
-        end of sequence, and a law with all its mass on controls.
+        end of sequence, a history that the table's reading rule does not give back, and a law with all its mass on
+        controls.
 
     Examples
     --------
@@ -79,6 +91,8 @@ class Aligned(LanguageModel):
         self.token_bytes = table
         self.vocabulary = shared.vocabulary
         self.push = PushForward(shared.targets(table), self.vocabulary.size)
+        self._unread = table.unread_bytes
+        self._warned = False
         table.encode(b"")  # a table without a reading rule is of no use here
 
     def log_probs(self, prefixes: Sequence[Prefix]) -> Tensor:
@@ -88,9 +102,57 @@ class Aligned(LanguageModel):
         """D (B,): probability of controls and unused rows after each prefix, which `log_probs` leaves out."""
         return self.push.dropped(self._own_laws(prefixes))
 
+    def warped(self, *warps: Warp) -> Aligned:
+        """The same alignment of the transformed model: the warps see the law over its own ids, before any string."""
+        inside = copy(self)
+        inside.model = Warped(self.model, *warps)
+        return inside
+
+    @cached_property
+    def first_subtoken(self) -> FirstSubtoken:
+        """What scores the strings that this model has no id for, where an aligner wants them scored."""
+        return FirstSubtoken(self.token_bytes, self.shared)
+
     def read(self, history: bytes) -> tuple[int, ...]:
         """T(h): the model's own ids of a history."""
-        return self.token_bytes.encode(history)
+        ids = self.token_bytes.encode(history)
+        if self.token_bytes.bytes_of(ids) != self.token_bytes.prefix + history:
+            self._report(history, ids)
+        return ids
+
+    def written(self, token: int) -> bytes:
+        """The bytes that a generated token adds to the history.
+
+        The end adds none: a draft may run past it, and the law that is read behind it, a sampler throws away.
+        """
+        return b"" if token in self.vocabulary.eos else self.shared.strings[token]
+
+    def unread(self, history: bytes) -> bytes:
+        """The byte values of a history that the model cannot read, sorted.
+
+        >>> from me_stats.models.toy import TableModel
+        >>> table = TokenBytes.greedy([b"a", b"b"])
+        >>> Aligned(TableModel([[0.5, 0.5]], order=0), ByteStrings([table]), token_bytes=table).unread(b"\\xffab\\x04")
+        b'\\x04\\xff'
+        """
+        return bytes(sorted(set(history) & set(self._unread)))
+
+    def _report(self, history: bytes, ids: Prefix) -> None:
+        """Say that a reading is not the whole history; ValueError if more is wrong than bytes without a token."""
+        meant, back = (self.token_bytes.prefix + history), self.token_bytes.bytes_of(ids)
+        if back.translate(None, self._unread) != meant.translate(None, self._unread):
+            raise ValueError(
+                f"the reading rule of token_bytes does not give back its history: {meant[-60:]!r} returns as "
+                f"{back[-60:]!r}; a rule must neither drop nor change bytes that its ids can spell"
+            )
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.model!r:.60} has no token for the bytes {self.unread(history)!r} of a history, and reads it "
+                "without them; leave them out of the prompts if that is not meant",
+                UserWarning,
+                stacklevel=2,
+            )
 
     def session(self, prompts: Sequence[Prefix], *, max_new_tokens: int | None = None) -> AlignedSession:
         return AlignedSession(self, prompts)
@@ -105,7 +167,7 @@ class Aligned(LanguageModel):
         for step in range(len(path)):
             reads.append(self.read(history))
             if step + 1 < len(path):
-                history += self.shared.bytes_of(path[step : step + 1])
+                history += self.written(path[step])
         cuts = [step for step in range(1, len(reads)) if reads[step][: len(reads[step - 1])] != reads[step - 1]]
         spans = list(zip([0, *cuts], [*cuts, len(reads)], strict=True)) if reads else []
         heads = [reads[begin] for begin, _ in spans]
@@ -193,10 +255,8 @@ class AlignedSession:
         return self._rows.cost
 
     def append(self, rows: np.ndarray, tokens: Tensor) -> None:
-        strings = self._aligned.shared.strings
         for row, token in zip(rows.tolist(), tokens.tolist(), strict=True):
-            # The end adds no bytes; what a sampler reads of a row that has ended, it throws away.
-            self._history[row] += strings[token] if token < len(strings) else b""
+            self._history[row] += self._aligned.written(token)
         self._stale[rows] = True
 
     def log_probs(self, rows: np.ndarray) -> Tensor:

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 from me_stats.mixing import Mixing
+from me_stats.models.aligned import Aligned
 from me_stats.models.ensemble import Combination, Ensemble, mix
+from me_stats.models.subtokens import FirstSubtoken, first_subtokens
 from me_stats.models.warped import Greedy, Temperature, TopK, TopP, Warp, Warped
 
-Cause = Literal["temperature", "union", "joint", "top_k_again", "top_p", "greedy"]
+Cause = Literal["temperature", "union", "first_subtoken", "joint", "top_k_again", "top_p", "greedy"]
 CAUSES: tuple[Cause, ...] = get_args(Cause)
 
 
@@ -44,8 +46,14 @@ class UnionTopK(JointTransform):
         At least 1. Tokens tied with a component's k-th belong to its set, as in `TopK`; impossible tokens do not.
     renormalise
         ``"joint"``, what the authors' code does with one vocabulary, or ``"component"``, as with several.
+    score
+        How a component that is `Aligned` scores a string of A outside its vocabulary: ``"own"``, by its law, so 0; or
+        ``"first_subtoken"``, by the first token of its own reading (`FirstSubtoken`). Such scores stand in for
+        :math:`P_i` in both formulas, and their sum over A, in place of :math:`P_i(A)`, can exceed 1: `score_sums`.
 
-    Source: UniTE, arXiv 2410.12777 (the union of top-k sets).
+    Raises ValueError as an `Ensemble` does, and for first-subtoken scores of components that are not `Aligned`.
+
+    Source: UniTE, arXiv 2410.12777 (the union of top-k sets, and scores by the first subtoken).
 
     Examples
     --------
@@ -66,21 +74,50 @@ class UnionTopK(JointTransform):
         k: int,
         *,
         renormalise: Literal["joint", "component"] = "joint",
+        score: Literal["own", "first_subtoken"] = "own",
     ) -> None:
         super().__init__(components, mixing)
         if renormalise not in ("joint", "component"):
             raise ValueError(f"renormalise must be 'joint' or 'component', got {renormalise!r}")
-        self.k, self.renormalise = TopK(k).k, renormalise
+        if score not in ("own", "first_subtoken"):
+            raise ValueError(f"score must be 'own' or 'first_subtoken', got {score!r}")
+        self.k, self.renormalise, self.score = TopK(k).k, renormalise, score
+        self._rules = first_subtokens(self.components) if score == "first_subtoken" else ()
+        if score == "first_subtoken" and not self._rules:
+            raise ValueError("first-subtoken scores need components that are Aligned, which know how strings are read")
 
     def combine(self, laws: Sequence[Tensor], log_weights: Tensor) -> Tensor:
+        scores, kept = self._scores(laws)
+        if self.renormalise == "joint":
+            return _restricted(mix(scores, log_weights), kept)[0]
+        return mix([_restricted(score, kept)[0] for score in scores], log_weights)
+
+    def score_sums(self, laws: Sequence[Tensor]) -> Tensor:
+        """Σ_{x ∈ A} score_i(x) (B, K) from K component laws (B, V): P_i(A) at most 1, or a sum that may exceed it.
+
+        >>> from me_stats.mixing import ConstantMixing
+        >>> from me_stats.models.toy import TableModel
+        >>> from me_stats.vocabulary_map import ByteStrings, TokenBytes
+        >>> tables = [TokenBytes.greedy([b"a", b"b"]), TokenBytes.greedy([b"aa", b"ab", b"b", b"a"])]
+        >>> toys = [TableModel([row], order=0) for row in ([0.9, 0.1], [0.4, 0.4, 0.1, 0.1])]
+        >>> shared = ByteStrings(tables)
+        >>> parts = [Aligned(toy, shared, token_bytes=table) for toy, table in zip(toys, tables)]
+        >>> ce = UnionTopK(parts, ConstantMixing([0.5, 0.5]), 2, renormalise="component", score="first_subtoken")
+        >>> ce.score_sums([part.log_probs([()]) for part in parts])  # "aa" and "ab" both begin with "a"
+        tensor([[2.8000, 1.0000]], dtype=torch.float64)
+        """
+        scores, kept = self._scores(laws)
+        return torch.cat([_restricted(score, kept)[1] for score in scores], -1).exp()
+
+    def _scores(self, laws: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+        """Log-scores K × (B, V) and the union (B, V)."""
         laws = [law.to(laws[0].device) for law in laws]
         kept = _union([_top(law, self.k) for law in laws])
-        if self.renormalise == "joint":
-            return _restricted(mix(laws, log_weights), kept)[0]
-        return mix([_restricted(law, kept)[0] for law in laws], log_weights)
+        return _scored(laws, kept, self._rules), kept
 
     def __repr__(self) -> str:
-        return f"UnionTopK({list(self.components)!r}, {self.mixing!r}, {self.k}, renormalise={self.renormalise!r})"
+        options = f"{self.k}, renormalise={self.renormalise!r}" + (f", score={self.score!r}" if self._rules else "")
+        return f"UnionTopK({list(self.components)!r}, {self.mixing!r}, {options})"
 
 
 class Allowed(Warp):
@@ -146,22 +183,25 @@ class PublishedCE(JointTransform):
     """The conventional ensemble as the authors' code computes it, with each departure from ME on a switch.
 
     Every step runs: temperature, top-k, renormalisation, top-p and arg max of each component, the mixture, and then
-    what `causes` moves behind it. With no causes this is `published_me`, transform-then-mix, which ME samples; with
-    all of them it is the published CE of one vocabulary; without ``"joint"`` the CE of several. Each cause alone
-    prices itself.
+    what `causes` moves behind it. With no causes this is `published_me` (over `Aligned` components with
+    ``own_ids=False``), transform-then-mix, which ME samples; with all of them it is the published CE of one vocabulary;
+    without ``"joint"`` the CE of several. Each cause alone prices itself.
 
-    ==================  ==============================================================================================
-    cause               what it does, and the TV a step measured for it: SmolLM2-135M under two prompts / SmolLM2 with
-                        Gemma 3 270M
-    ==================  ==============================================================================================
-    ``"temperature"``   tempers the mixture, not the components; at 0.7: .018 / .101
-    ``"union"``         keeps the union of the components' top-k sets; a component alone keeps its own
-    ``"top_k_again"``   takes the top k of the mixture; with the union, k = 10: .023 / .124, k = 5: .036 / .148
-    ``"top_p"``         cuts the nucleus of the mixture; p = .9: .011 / .023
-    ``"greedy"``        arg max of the mixture; ME's is an arg max of a random component: .117 / .420
-    ``"joint"``         renormalises the kept mass once: weights become λ_i P_i(A_i) / Σ_j λ_j P_j(A_j): .006, up to
-                        .086
-    ==================  ==============================================================================================
+    ====================  ============================================================================================
+    cause                 what it does, and the TV a step measured for it: SmolLM2-135M under two prompts / SmolLM2
+                          with Gemma 3 270M
+    ====================  ============================================================================================
+    ``"temperature"``     tempers the mixture, not the components; at 0.7: .018 / .101
+    ``"union"``           keeps the union of the components' top-k sets; a component alone keeps its own
+    ``"first_subtoken"``  scores a string of the union that a component has no id for by its first subtoken; changes
+                          something with ``"union"`` and components that are `Aligned` only: – / .012, and .032 with ids
+                          matched by name (`converted_names`)
+    ``"joint"``           renormalises the kept mass once: weights become λ_i P_i(A_i) / Σ_j λ_j P_j(A_j): .006, up to
+                          .086
+    ``"top_k_again"``     takes the top k of the mixture; with the union, k = 10: .023 / .124, k = 5: .036 / .148
+    ``"top_p"``           cuts the nucleus of the mixture; p = .9: .011 / .023
+    ``"greedy"``          arg max of the mixture; ME's is an arg max of a random component: .117 / .420
+    ====================  ============================================================================================
 
     Parameters
     ----------
@@ -217,14 +257,15 @@ class PublishedCE(JointTransform):
         self.temperature, self.greedy = Temperature(temperature), greedy
         self.top_k = TopK(self.vocabulary.size if top_k is None else top_k)
         self.top_p = TopP(top_p)
+        self._rules = first_subtokens(self.components)
 
     @property
     def active(self) -> tuple[Cause, ...]:
         """The causes that can change the law under these settings."""
         cut = self.top_k.k < self.vocabulary.size
         by_cause: dict[Cause, bool] = {
-            "temperature": self.temperature.tau != 1, "union": cut, "joint": cut, "top_k_again": cut,
-            "top_p": self.top_p.p < 1, "greedy": self.greedy,
+            "temperature": self.temperature.tau != 1, "union": cut, "first_subtoken": cut and bool(self._rules),
+            "joint": cut, "top_k_again": cut, "top_p": self.top_p.p < 1, "greedy": self.greedy,
         }  # fmt: skip
         return tuple(cause for cause in CAUSES if by_cause[cause])
 
@@ -244,6 +285,7 @@ class PublishedCE(JointTransform):
             kept = [_top(law, self.top_k.k) for law in laws]
             if "union" in on:
                 kept = [_union(kept)] * len(laws)
+                laws = _scored(laws, kept[0], self._rules if "first_subtoken" in on else ())
             parts = [_restricted(law, own) for law, own in zip(laws, kept, strict=True)]
             laws = [law for law, _ in parts]
             if "joint" in on:
@@ -276,8 +318,14 @@ def published_me(
     top_k: int | None = 10,
     top_p: float = 1.0,
     greedy: bool = False,
+    own_ids: bool = True,
 ) -> Ensemble:
     """The ensemble that the published ME samples: transform-then-mix, with the settings of `PublishedCE`.
+
+    The published ME draws from a model's own vocabulary and converts what it drew, so the transforms of an `Aligned`
+    component go inside its alignment. With ``own_ids=False`` they see its law over the shared strings: `PublishedCE`
+    without causes. The two differ only by ids with equal bytes, which count apart or together, and by control tokens,
+    which are dropped after the transforms or before. A cut that keeps nothing but controls is refused at that prefix.
 
     >>> from me_stats.mixing import ConstantMixing
     >>> from me_stats.models.toy import MarkovModel
@@ -289,7 +337,13 @@ def published_me(
     warps += [TopK(top_k)] if top_k is not None else []
     warps += [TopP(top_p)] if top_p != 1 else []
     warps += [Greedy()] if greedy else []
-    return Ensemble([Warped(component, *warps) for component in components], mixing)
+    return Ensemble(
+        [
+            part.warped(*warps) if own_ids and warps and isinstance(part, Aligned) else Warped(part, *warps)
+            for part in components
+        ],
+        mixing,
+    )
 
 
 def _check_settings(temperature: float, top_p: float, greedy: bool) -> None:
@@ -310,6 +364,11 @@ def _top(law: Tensor, k: int) -> Tensor:
 
 def _union(sets: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(sets)).any(0)
+
+
+def _scored(laws: Sequence[Tensor], kept: Tensor, rules: Sequence[FirstSubtoken]) -> list[Tensor]:
+    """What each component says of the strings kept: its law, or a first-subtoken score by its rule."""
+    return [rule.scores(law, kept) for rule, law in zip(rules, laws, strict=True)] if rules else list(laws)
 
 
 def _restricted(law: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:

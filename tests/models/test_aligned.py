@@ -250,6 +250,73 @@ def test_misuse_is_refused_with_the_remedy() -> None:
         Ensemble([*pair(), Aligned(model, ByteStrings([FIRST]), token_bytes=FIRST)], ConstantMixing([1 / 3] * 3))
 
 
+SPARSE = TokenBytes.greedy([b"a", b"b", b"ab"])  # cannot read b"c" or b"\xff"
+WIDE = TokenBytes.greedy([b"a", b"c", b"bc", b"\xff", None], eos=(4,))
+WIDER = ByteStrings([SPARSE, WIDE])
+
+
+def test_a_byte_that_a_model_cannot_read_is_left_out_and_reported_once() -> None:
+    aligned = Aligned(toy(SPARSE, 0), WIDER, token_bytes=SPARSE)
+    assert aligned.unread(b"ac\xffb") == b"c\xff"
+    assert aligned.unread(b"ab") == b""
+    with pytest.warns(UserWarning, match=r"no token for the bytes b'c\\xff' of a history") as caught:
+        laws = aligned.log_probs([WIDER.encode(text) for text in (b"ac\xffb", b"c")])
+    assert len(caught) == 1
+    assert aligned.read(b"ac\xffbcab") == (0, 1, 2)
+    assert torch.equal(laws[0], aligned.push(aligned.model.log_probs([(0, 1)]))[0])
+    # A prompt is reported when a session opens.
+    with pytest.warns(UserWarning, match="leave them out of the prompts"):
+        Aligned(toy(SPARSE, 0), WIDER, token_bytes=SPARSE).session([WIDER.encode(b"c")])
+
+
+@pytest.mark.filterwarnings("ignore:.*no token for the bytes")
+@pytest.mark.parametrize("top", [None, 2])
+def test_bytes_that_the_other_model_cannot_read_keep_ce_and_me_equal(top: int | None) -> None:
+    """The second model writes "c", "bc" and a byte that is no text; the first goes on as if they were not there."""
+    parts = []
+    for seed, table in enumerate((SPARSE, WIDE)):
+        own: Any = toy(table, seed, order=1)
+        parts.append(Aligned(own if top is None else Warped(own, TopK(top)), WIDER, token_bytes=table))
+        check_language_model(parts[-1])
+    ensemble = Ensemble(parts, ConstantMixing([0.4, 0.6]))
+    check_session(ensemble, seed=5)
+    law = exact.sequence_law(ensemble, WIDER.encode("ac"), max_new_tokens=3)
+    for sampler in (CESampler(ensemble), MESampler(ensemble)):
+        assert exact.sampler_law(sampler, WIDER.encode("ac"), max_new_tokens=3).tv_distance(law) < 1e-12
+
+
+def test_a_reading_rule_that_loses_or_changes_text_is_refused() -> None:
+    strings = (b"a", b"A", b"b", None)
+    for tokenize, back in (
+        (lambda data: [2 if byte == 98 else 0 for byte in data], "ab"),  # lower case
+        (lambda data: [2] * data.count(b"b"), "b"),  # drops what it can spell
+        (lambda data: [3 if byte == 65 else 2 for byte in data], "b"),  # an unknown token
+    ):
+        table = TokenBytes(strings, tokenize=tokenize)
+        aligned = Aligned(toy(table, 0), ByteStrings([table]), token_bytes=table)
+        message = f"does not give back its history: b'Ab' returns as b'{back}'"
+        prompt = aligned.shared.encode(b"Ab")
+        with pytest.raises(ValueError, match=message):
+            aligned.log_probs([prompt])
+        with pytest.raises(ValueError, match=message):
+            aligned.session([prompt])
+        with pytest.raises(ValueError, match=message):
+            next(aligned.path_log_probs([prompt], [(0,)]))
+
+
+def test_a_draft_may_run_past_the_end() -> None:
+    for aligned in pair():
+        [laws] = aligned.path_log_probs([(0,)], [(1, SHARED.vocabulary.eos[0], 0)])
+        assert torch.equal(laws[:2], aligned.log_probs([(0,), (0, 1)]))
+        assert torch.equal(laws[2], laws[1])  # nobody reads it
+
+
+def test_warps_inside_are_those_of_the_model() -> None:
+    for aligned in pair():
+        inside = Aligned(Warped(aligned.model, TopK(2)), SHARED, token_bytes=aligned.token_bytes)
+        assert torch.equal(aligned.warped(TopK(2)).log_probs([(0,)]), inside.log_probs([(0,)]))
+
+
 # --- transformers ------------------------------------------------------------------------------------
 
 
@@ -273,11 +340,11 @@ def test_a_transformer_takes_back_a_changed_tail(siblings: list[TransformersMode
     """The sibling under a tokenizer of our own that changes up to three tokens at the end of what it reads."""
 
     def tokenize(data: bytes) -> list[int]:
-        # The last bytes are read as capitals, until two more follow.
+        # The last letters are read as other ids of the same bytes, until two more follow.
         settled = max(0, len(data) - 2 - len(data) % 3)
-        return [*data[:settled], *(byte ^ 1 for byte in data[settled:])]
+        return [*data[:settled], *(byte + 128 for byte in data[settled:])]
 
-    strings = (None, *(bytes([value]) for value in range(1, 256)))
+    strings = (None, *(bytes([value]) for value in range(1, 128))) * 2
     table = TokenBytes(strings, eos=(0,), tokenize=tokenize)
     shared = ByteStrings([table])
     for model in (siblings[0], Warped(Conditioned(siblings[0], "So "), TopK(7))):
