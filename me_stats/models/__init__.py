@@ -9,6 +9,8 @@ from me_stats.models.base import Cost, LanguageModel, Session
 from me_stats.models.conditioned import Conditioned
 from me_stats.models.ensemble import Ensemble
 from me_stats.models.joint import Allowed, JointTransform, PublishedCE, Restricted, UnionTopK, published_me
+from me_stats.models.next_byte import NextByte
+from me_stats.models.subtokens import FirstSubtoken
 from me_stats.models.toy import MarkovModel, TableModel
 from me_stats.models.warped import Greedy, MinP, Temperature, TopK, TopP, Warp, Warped
 from me_stats.models.windowed import Endless, Windowed
@@ -23,11 +25,13 @@ __all__ = [
     "Cost",
     "Endless",
     "Ensemble",
+    "FirstSubtoken",
     "Greedy",
     "JointTransform",
     "LanguageModel",
     "MarkovModel",
     "MinP",
+    "NextByte",
     "PublishedCE",
     "Restricted",
     "Session",
