@@ -30,7 +30,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,vocabularies]" --group dev
 	touch $(READY)
 
 clean:

@@ -1,15 +1,17 @@
 """What goes wrong with a tokenizer when its tokens are exchanged as text, counted id by id.
 
 A token that another model shall read has to survive "id → text → id". `audit_tokenizer` counts the ids that do not and
-says why, `compare_strings` what several vocabularies share, `mass_at_stake` how much probability a model puts on given
-ids along a text, and `canonical_runs` how often written ids are the tokenisation of their own text.
+says why (`audit_table` what a vocabulary file alone can tell), `compare_strings` what several vocabularies share,
+`exchange_names` by which names ids are commonly matched instead, `mass_at_stake` how much probability a model puts on
+given ids along a text, and `canonical_runs` how often written ids are the tokenisation of their own text.
 """
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import combinations, permutations
 from typing import Any
 
@@ -19,13 +21,15 @@ import torch
 from me_stats.models.base import Prefix, path_log_probs
 from me_stats.vocabulary import Vocabulary
 from me_stats.vocabulary_map import Role, TokenBytes
+from me_stats.vocabulary_names import converted_name, is_byte_level
 
 _END_LIKE = ("</s>", "eos", "eot", "end")
+_BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
 @dataclass(frozen=True)
 class TokenizerAudit:
-    """One tokenizer, id by id.
+    """One tokenizer, id by id; what takes a reading rule is None for a table without one.
 
     Attributes
     ----------
@@ -46,6 +50,9 @@ class TokenizerAudit:
         exact bytes loses them.
     mis_decoded
         Ids that ``tokenizer.decode([id])`` does not turn into their bytes: halves of characters, stripped spaces.
+    unkept
+        Ids whose bytes, read again, spell other bytes, those in `unread_bytes` aside: exactness is lost. There is none
+        in a sound table.
     lost
         Ids that do not return from ``encode(decode([id]))``: what an exchange of decoded text loses.
     unread_bytes
@@ -58,16 +65,47 @@ class TokenizerAudit:
     end_like: tuple[tuple[int, str], ...]
     unused: tuple[int, ...]
     same_bytes: tuple[int, ...]
-    changed: tuple[int, ...]
-    mis_decoded: tuple[int, ...]
-    lost: tuple[int, ...]
     unread_bytes: bytes
+    changed: tuple[int, ...] | None = None
+    unkept: tuple[int, ...] | None = None
+    mis_decoded: tuple[int, ...] | None = None
+    lost: tuple[int, ...] | None = None
+
+    def counts(self) -> dict[str, int | None]:
+        """Ids of each kind of trouble; None where the table cannot tell."""
+        found = {kind: getattr(self, kind) for kind in ("same_bytes", "changed", "mis_decoded", "lost")}
+        return {kind: None if ids is None else len(ids) for kind, ids in found.items()}
 
     def shares(self) -> dict[str, float]:
-        """Each kind of trouble as a share of the ids that have bytes."""
+        """Each kind of trouble that is known, as a share of the ids that have bytes."""
         ordinary = max(1, self.roles["ORDINARY"])
-        kinds = ("same_bytes", "changed", "mis_decoded", "lost")
-        return {kind: len(getattr(self, kind)) / ordinary for kind in kinds}
+        return {kind: count / ordinary for kind, count in self.counts().items() if count is not None}
+
+
+def audit_table(table: TokenBytes, spellings: Sequence[str | None]) -> TokenizerAudit:
+    """What a table tells without a tokenizer; `spellings` are its token strings, None where a file has none.
+
+    >>> audit = audit_table(TokenBytes((b"a", b"a", None, None), eos=(2,)), ["a", "<0x61>", "</s>", "<end>"])
+    >>> audit.ends, audit.end_like, audit.same_bytes, audit.lost
+    (((2, '</s>'),), ((3, '<end>'),), (0, 1), None)
+    """
+    if len(spellings) != table.size:
+        raise ValueError(f"spellings must have one entry for each of {table.size} ids, got {len(spellings)}")
+    roles = table.roles
+    times = Counter(string for string in table.strings if string is not None)
+    named = [(token, spellings[token] or f"id {token}") for token in range(table.size) if roles[token] != Role.ORDINARY]
+    controls = [(token, name) for token, name in named if roles[token] == Role.CONTROL]
+    return TokenizerAudit(
+        size=table.size,
+        roles={role.name: roles.count(role) for role in Role},
+        ends=tuple((token, name) for token, name in named if roles[token] == Role.END),
+        end_like=tuple((token, name) for token, name in controls if any(hint in name.lower() for hint in _END_LIKE)),
+        unused=table.unused,
+        same_bytes=tuple(
+            token for token, string in enumerate(table.strings) if string is not None and times[string] > 1
+        ),
+        unread_bytes=table.unread_bytes,
+    )
 
 
 def audit_tokenizer(vocabulary: Vocabulary, table: TokenBytes) -> TokenizerAudit:
@@ -78,26 +116,65 @@ def audit_tokenizer(vocabulary: Vocabulary, table: TokenBytes) -> TokenizerAudit
     if table.size != vocabulary.size:
         raise ValueError(f"the table has {table.size} ids and the vocabulary {vocabulary.size}; read it from this one")
     tokenizer = vocabulary.tokenizer
-    times = Counter(string for string in table.strings if string is not None)
     written = [(token, string) for token, string in enumerate(table.strings) if string is not None]
-    decoded = [tokenizer.decode([token]) for token, _ in written]
-    returned = [tokenizer.encode(text, add_special_tokens=False) for text in decoded]
-    roles = table.roles
-    controls = [(token, _spelling(tokenizer, token)) for token, role in enumerate(roles) if role == Role.CONTROL]
-    return TokenizerAudit(
-        size=table.size,
-        roles={role.name: roles.count(role) for role in Role},
-        ends=tuple((token, _spelling(tokenizer, token)) for token in table.eos),
-        end_like=tuple((token, name) for token, name in controls if any(hint in name.lower() for hint in _END_LIKE)),
-        unused=table.unused,
-        same_bytes=tuple(token for token, string in written if times[string] > 1),
-        changed=tuple(token for token, string in written if not _reads_as(table, string, (token,))),
-        mis_decoded=tuple(
-            token for (token, string), text in zip(written, decoded, strict=True) if text.encode() != string
+    read = [(token, string, table.encode_within(string)) for token, string in written]
+    decoded = [(token, string, tokenizer.decode([token])) for token, string in written]
+    unread = table.unread_bytes
+    return replace(
+        audit_table(table, spellings_of(tokenizer, table.size)),
+        changed=tuple(token for token, _, ids in read if ids != (token,)),
+        unkept=tuple(token for token, string, ids in read if table.bytes_of(ids) != string.translate(None, unread)),
+        mis_decoded=tuple(token for token, string, text in decoded if text.encode() != string),
+        lost=tuple(
+            token for token, _, text in decoded if list(tokenizer.encode(text, add_special_tokens=False)) != [token]
         ),
-        lost=tuple(token for (token, _), back in zip(written, returned, strict=True) if list(back) != [token]),
-        unread_bytes=table.unread_bytes,
     )
+
+
+def spellings_of(tokenizer: Any, size: int) -> tuple[str | None, ...]:
+    """The token strings of ids 0..size-1 as they stand in the tokenizer's file, None where it has none."""
+    if hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tuple(tokenizer.convert_ids_to_tokens(range(size)))
+    return tuple(tokenizer.id_to_token(token) for token in range(size))
+
+
+def exchange_names(table: TokenBytes, spellings: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The symbols by which published code matches tokens of different vocabularies, from their `spellings`.
+
+    See `me_stats.vocabulary_names.converted_name`: ".", "=" and the newline of a byte-level model become ``<0xNN>`` and
+    meet the byte tokens of a SentencePiece model, which never writes them.
+
+    >>> exchange_names(TokenBytes((b".", b"a", b" the")), [".", "a", "Ġthe"])
+    ('<0x2E>', 'a', ' the')
+    """
+    byte_level = is_byte_level(table, spellings)
+    return tuple(None if name is None else converted_name(name, byte_level=byte_level) for name in spellings)
+
+
+def exchange_losses(
+    table: TokenBytes, names: Sequence[str | None], encode: Callable[[str], Sequence[int]]
+) -> tuple[int, ...]:
+    """Ids that do not return from ``encode(text of their name)``, ``<0xNN>`` read as a character.
+
+    >>> encode = lambda text: [".".index(c) for c in text]
+    >>> exchange_losses(TokenBytes((b".", None)), ["<0x2E>", "</s>"], encode)
+    ()
+    """
+    return tuple(
+        token
+        for token, name in enumerate(names)
+        if name is not None and table.strings[token] is not None and list(encode(exchange_text(name))) != [token]
+    )
+
+
+def exchange_text(name: str) -> str:
+    """The text that a name of `exchange_names` is re-encoded from.
+
+    >>> exchange_text("<0x0A>"), exchange_text(" the")
+    ('\\n', ' the')
+    """
+    found = _BYTE_NAME.fullmatch(name)
+    return chr(int(found[1], 16)) if found else name
 
 
 @dataclass(frozen=True)
@@ -113,8 +190,8 @@ class StringComparison:
     everywhere, union
         Strings that all have, and that any has.
     split
-        By ordered pair (a, b): ids of a whose bytes b has too, and under no id of the same name. An exchange by name
-        takes them for symbols that b lacks.
+        By ordered pair (a, b): ids of a whose bytes b writes too, and under another name. An exchange by name takes
+        them for other symbols. A byte token of b that its own texts never hold does not count as a way to write.
     """
 
     strings: Mapping[str, int]
@@ -146,7 +223,7 @@ def compare_strings(
     split = {}
     if symbols is not None:
         pairs = {
-            name: {(string, symbols[name][token]) for token, string in enumerate(table.strings)}
+            name: {(table.strings[token], symbols[name][token]) for token in _written(table, symbols[name])}
             for name, table in tables.items()
         }
         for a, b in permutations(tables, 2):
@@ -243,25 +320,26 @@ def canonical_runs(table: TokenBytes, rows: Sequence[Prefix]) -> CanonicalRuns:
         text = tuple(row)
         silent = [place for place, token in enumerate(text) if table.strings[token] is None]
         text = text[: silent[0]] if silent else text
-        read = _plain(table, table.bytes_of(text))
+        read = table.encode_within(table.bytes_of(text))
         apart = [place for place, (a, b) in enumerate(zip(text, read, strict=False)) if a != b]
         departures.append(apart[0] if apart else -1)
     return CanonicalRuns(len(departures), departures.count(-1), tuple(departures))
 
 
-def _plain(table: TokenBytes, data: bytes) -> tuple[int, ...]:
-    """The tokenisation without the bytes that are put before every text: ids in the middle of one have none."""
-    if table.tokenize is None:
-        return table.encode(data)  # raises, with the remedy
-    return tuple(table.tokenize(data))
+def _written(table: TokenBytes, names: Sequence[str | None]) -> set[int]:
+    """Ids that stand in texts: of ids with equal bytes those that the tokenizer reads, or else no ``<0xNN>``."""
+    times = Counter(string for string in table.strings if string is not None)
+    ordinary = {token for token, string in enumerate(table.strings) if string is not None}
 
+    def idle(token: int) -> bool:
+        string, name = table.strings[token], names[token]
+        if string is None or times[string] == 1:
+            return False
+        if table.tokenize is not None:
+            return table.encode_within(string) != (token,)
+        return name is not None and _BYTE_NAME.fullmatch(name) is not None
 
-def _reads_as(table: TokenBytes, string: bytes, ids: tuple[int, ...]) -> bool:
-    return _plain(table, string) == ids
-
-
-def _spelling(tokenizer: Any, token: int) -> str:
-    """The token string as it stands in the file."""
-    if hasattr(tokenizer, "convert_ids_to_tokens"):
-        return str(tokenizer.convert_ids_to_tokens(token))
-    return str(tokenizer.id_to_token(token))
+    kept = {token for token in ordinary if not idle(token)}
+    # Where none of several equal ids is read, each may be written.
+    strings = {table.strings[token] for token in kept}
+    return kept | {token for token in ordinary if table.strings[token] not in strings}

@@ -18,6 +18,8 @@ from typing import Any
 from me_stats.tokenizer_bytes import byte_alphabet, fallback_bytes, spelled_bytes, text_bytes
 from me_stats.vocabulary_map import TokenBytes
 
+Spellings = tuple[str | None, ...]
+
 # `tokenizer.ggml.token_type` of a GGUF.
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 2, 3, 4, 5, 6
 _PADDING = re.compile(r"\[PAD(\d+)\]")
@@ -29,6 +31,42 @@ def read_tiktoken(path: str | os.PathLike[str], *, size: int | None = None, eos:
     Special tokens are not in such a file. With `size`, the width of the model's law, the ids past the file are
     controls or padding, which the file cannot tell apart: all but `eos` count as unused.
     """
+    return _tiktoken(path, size, eos)[0]
+
+
+def read_sentencepiece(path: str | os.PathLike[str], *, eos: Sequence[int] | None = None) -> TokenBytes:
+    """The table of a SentencePiece model file; needs the package ``sentencepiece``. `eos` defaults to the file's.
+
+    The space before a text, which such a model may add, belongs to reading and is not in the table.
+    """
+    return _sentencepiece(path, eos)[0]
+
+
+def read_gguf(path: str | os.PathLike[str], *, eos: Sequence[int] | None = None) -> TokenBytes:
+    """The table of a GGUF file's vocabulary; needs the package ``gguf``. `eos` defaults to the file's one id.
+
+    Rows that the converter filled up (``[PAD100015]`` at id 100015) are unused.
+    """
+    return _gguf(path, eos)[0]
+
+
+def read_file(
+    path: str | os.PathLike[str], kind: str, *, size: int | None = None, eos: Sequence[int] | None = None
+) -> tuple[TokenBytes, Spellings]:
+    """The table of a vocabulary file and its token strings, by one of the three readers.
+
+    `kind` is "tiktoken", "sentencepiece" or "gguf"; `size` is for the first. Token strings are those that the model's
+    tokenizer.json would have: the bytes of a tiktoken file are spelled in the alphabet of byte-level BPE. Ids that the
+    file lacks have None.
+    """
+    if kind == "tiktoken":
+        return _tiktoken(path, size, eos or ())
+    if kind not in ("sentencepiece", "gguf"):
+        raise ValueError(f"kind must be 'tiktoken', 'sentencepiece' or 'gguf', got {kind!r}")
+    return _sentencepiece(path, eos) if kind == "sentencepiece" else _gguf(path, eos)
+
+
+def _tiktoken(path: str | os.PathLike[str], size: int | None, eos: Sequence[int]) -> tuple[TokenBytes, Spellings]:
     known: dict[int, bytes] = {}
     for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
         if line.strip():
@@ -44,14 +82,12 @@ def read_tiktoken(path: str | os.PathLike[str], *, size: int | None = None, eos:
         raise ValueError(f"{path} has ids up to {max(known, default=-1)}; size must be larger, got {size}")
     strings = [known.get(token) if token not in eos else None for token in range(width)]
     unused = [token for token, string in enumerate(strings) if string is None and token not in eos]
-    return TokenBytes(tuple(strings), tuple(eos), tuple(unused))
+    signs = {value: sign for sign, value in byte_alphabet().items()}
+    spelled = ("".join(map(signs.__getitem__, known[t])) if t in known else None for t in range(width))
+    return TokenBytes(tuple(strings), tuple(eos), tuple(unused)), tuple(spelled)
 
 
-def read_sentencepiece(path: str | os.PathLike[str], *, eos: Sequence[int] | None = None) -> TokenBytes:
-    """The table of a SentencePiece model file; needs the package ``sentencepiece``. `eos` defaults to the file's.
-
-    The space before a text, which such a model may add, belongs to reading and is not in the table.
-    """
+def _sentencepiece(path: str | os.PathLike[str], eos: Sequence[int] | None) -> tuple[TokenBytes, Spellings]:
     processor = _package("sentencepiece").SentencePieceProcessor(model_file=os.fspath(path))
     size = processor.get_piece_size()
     if eos is None:
@@ -62,14 +98,11 @@ def read_sentencepiece(path: str | os.PathLike[str], *, eos: Sequence[int] | Non
     for token in range(size):
         read = fallback_bytes if processor.is_byte(token) else text_bytes
         strings.append(None if token in silent else read(processor.id_to_piece(token)))
-    return TokenBytes(tuple(strings), tuple(eos), tuple(unused))
+    pieces = (str(processor.id_to_piece(token)) for token in range(size))
+    return TokenBytes(tuple(strings), tuple(eos), tuple(unused)), tuple(pieces)
 
 
-def read_gguf(path: str | os.PathLike[str], *, eos: Sequence[int] | None = None) -> TokenBytes:
-    """The table of a GGUF file's vocabulary; needs the package ``gguf``. `eos` defaults to the file's one id.
-
-    Rows that the converter filled up (``[PAD100015]`` at id 100015) are unused.
-    """
+def _gguf(path: str | os.PathLike[str], eos: Sequence[int] | None) -> tuple[TokenBytes, Spellings]:
     fields = _package("gguf").GGUFReader(os.fspath(path)).fields
     kind = _contents(fields, "tokenizer.ggml.model", path)
     if kind not in ("gpt2", "llama"):
@@ -95,7 +128,7 @@ def read_gguf(path: str | os.PathLike[str], *, eos: Sequence[int] | None = None)
             strings.append(string.encode() if role == _USER_DEFINED else spelled_bytes(string, alphabet))
         else:
             strings.append(fallback_bytes(string) if role == _BYTE else text_bytes(string))
-    return TokenBytes(tuple(strings), tuple(eos), tuple(unused))
+    return TokenBytes(tuple(strings), tuple(eos), tuple(unused)), tuple(map(str, tokens))
 
 
 def _contents(fields: Any, name: str, path: str | os.PathLike[str]) -> Any:

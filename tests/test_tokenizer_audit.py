@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import pytest
@@ -8,7 +9,18 @@ from transformers import PreTrainedTokenizerFast
 
 from me_stats.models import TableModel
 from me_stats.models.aligned import Aligned
-from me_stats.tokenizer_audit import audit_tokenizer, canonical_runs, compare_strings, mass_at_stake
+from me_stats.tokenizer_audit import (
+    audit_table,
+    audit_tokenizer,
+    canonical_runs,
+    compare_strings,
+    exchange_losses,
+    exchange_names,
+    exchange_text,
+    is_byte_level,
+    mass_at_stake,
+    spellings_of,
+)
 from me_stats.tokenizer_bytes import byte_alphabet, read_tokenizer
 from me_stats.vocabulary import Vocabulary
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
@@ -67,6 +79,61 @@ def test_an_audit_needs_the_table_of_its_vocabulary() -> None:
         audit_tokenizer(Vocabulary(1, tokenizer=fast(own)), TokenBytes((b"a",)))
 
 
+def test_ids_whose_bytes_come_back_changed_are_found() -> None:
+    own = backend()
+    vocabulary = Vocabulary(own.get_vocab_size(), tokenizer=fast(own))
+    sound = read_tokenizer(vocabulary)
+    assert audit_tokenizer(vocabulary, sound).unkept == ()
+    # A reader that loses capitals, as one that folds its text would.
+    lossy = dataclasses.replace(sound, tokenize=lambda data: sound.tokenize(data.lower()) if sound.tokenize else ())
+    unkept = audit_tokenizer(vocabulary, lossy).unkept
+    assert unkept is not None
+    strings = [sound.strings[token] or b"" for token in unkept]
+    assert sorted(strings) == [bytes([value]) for value in range(65, 91)]
+
+
+def test_a_table_alone_tells_no_round_trips() -> None:
+    own, table, audit = audited()
+    bare = audit_table(dataclasses.replace(table, tokenize=None), spellings_of(fast(own), table.size))
+    assert bare == dataclasses.replace(audit, changed=None, unkept=None, mis_decoded=None, lost=None)
+    assert bare.counts() == {"same_bytes": 0, "changed": None, "mis_decoded": None, "lost": None}
+    assert bare.shares() == {"same_bytes": 0.0}
+    # A file that names none of its rows still has ends and controls.
+    assert audit_table(table, [None] * table.size).ends == ((table.eos[0], f"id {table.eos[0]}"),)
+    with pytest.raises(ValueError, match="one entry for each of 267 ids, got 3"):
+        audit_table(table, ["a", "b", "c"])
+
+
+def test_an_exchange_by_names_loses_what_is_not_plain_ascii() -> None:
+    own, table, _ = audited()
+    spellings = spellings_of(own, table.size)
+    names = exchange_names(table, spellings)
+    tokenizer = fast(own)
+    lost = exchange_losses(table, names, lambda text: tokenizer.encode(text, add_special_tokens=False))
+    strings = {table.strings[token] for token in lost}
+    assert {"é".encode(), b"unmerged"} <= strings  # "é" comes back as the two characters that spell its bytes
+    assert not strings & {b"the", b" th", b".", b"\n", b" "}
+    assert exchange_text(names[own.token_to_id("Ċ")] or "") == "\n"
+
+
+def test_the_two_kinds_of_spelling_are_told_apart() -> None:
+    own, table, _ = audited()
+    assert is_byte_level(table, spellings_of(own, table.size))
+    pieces = TokenBytes((b" a", b"."))
+    assert not is_byte_level(pieces, ["▁a", "."])
+    assert exchange_names(pieces, ["▁a", "."]) == (" a", ".")
+
+
+def test_a_byte_token_that_no_text_holds_is_no_way_to_write() -> None:
+    plain = TokenBytes((b".", b"a"))
+    pieces = TokenBytes((b".", b".", b"a", b"b"))  # "<0x2E>" is for text that has no piece
+    symbols: dict[str, list[str | None]] = {"byte-level": ["<0x2E>", "a"], "pieces": ["<0x2E>", ".", "a", "<0x62>"]}
+    found = compare_strings({"byte-level": plain, "pieces": pieces}, symbols=symbols)
+    assert found.split == {("byte-level", "pieces"): (0,), ("pieces", "byte-level"): (1,)}
+    alone = compare_strings({"a": TokenBytes((b"b",)), "b": pieces}, symbols={"a": ["<0x62>"], "b": symbols["pieces"]})
+    assert alone.split["a", "b"] == ()  # the byte token is the one way to write this byte
+
+
 A = TokenBytes.greedy([b" a", b"b", b"\n", None, b"\n"], eos=(3,))
 B = TokenBytes.greedy([b"b", b" a", b"\n", b"c"])
 C = TokenBytes.greedy([b"b"])
@@ -82,8 +149,8 @@ def test_strings_of_several_vocabularies() -> None:
     assert found.strings == {"a": 3, "b": 4, "c": 1}
     assert found.shared == {("a", "b"): 3, ("a", "c"): 1, ("b", "c"): 1}
     assert (found.everywhere, found.union) == (1, 4)
-    # A newline of "a" is written by two ids, and one of them has the name that "b" has for it.
-    assert {pair: ids for pair, ids in found.split.items() if ids} == {("a", "b"): (0, 2), ("b", "a"): (1,)}
+    # Two ids of "a" have a newline's bytes. It writes the first alone, and not under the name that "b" has for it.
+    assert {pair: ids for pair, ids in found.split.items() if ids} == {("a", "b"): (0, 2), ("b", "a"): (1, 2)}
     assert len(found.split) == 6
     assert compare_strings({"a": A, "b": B}).split == {}
     with pytest.raises(ValueError, match=r"symbols\['a'\] has 1 names for 5 ids"):
