@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from me_stats import __version__, cli_long, cli_models, cli_router, cli_sweep, cli_weights
+from me_stats import __version__, cli_compare, cli_long, cli_models, cli_router, cli_sweep, cli_tokenizers, cli_weights
 from me_stats.cli_options import Device, Dtype, Precision, check_device, check_out, say
 
 if TYPE_CHECKING:
@@ -34,10 +34,12 @@ app.add_typer(cli_models.app, name="models")
 app.command(cli_weights.NAME)(cli_weights.fit_lambda)
 app.command()(cli_sweep.sweep)
 app.command()(cli_long.long)
+app.command()(cli_compare.compare)
+app.command()(cli_tokenizers.tokenizers)
 app.command(cli_router.NAME)(cli_router.train_router)
 
 # Options that take several values after one name.
-_REPEATED = ("--models", "--only", "--text", "--domain", "--prompt")
+_REPEATED = ("--models", "--only", "--text", "--domain", "--prompt", "--against")
 OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 # RuntimeErrors that say what to do; any other is a bug and keeps its traceback.
 _EXPECTED = (("me_stats.models.catalog", "CatalogError"), ("me_stats.parts", "WorkerDied"))
@@ -207,10 +209,13 @@ def _reporter(update: Callable[..., None], task: object, base: int) -> Callable[
 def _write(records: Sequence[Record], out: Path, folder: Path | None = None) -> tuple[Path, Figures]:
     from me_stats import reproduce as job
     from me_stats.record import write_atomically
+    from me_stats.report import comparison
     from me_stats.report.html import write_html
     from me_stats.report.markdown import report_markdown
 
-    figures = job.draw_figures(records, folder or out / "figures")
+    folder = folder or out / "figures"
+    figures = job.draw_figures(records, folder)
+    figures |= {record.name: [comparison.draw(record, folder)] for record in records if _is_comparison(record)}
     commands = _commands(records)
     write_atomically(out / "report.md", report_markdown(records, figures, commands=commands))
     return write_html(records, figures, out / "index.html", commands=commands), figures
@@ -224,6 +229,9 @@ def _commands(records: Sequence[Record]) -> dict[str, str]:
     usual = {"device": "cpu", "dtype": "float32", "seed": 0}
     commands = {}
     for record in records:
+        if _is_comparison(record):
+            commands[record.name] = cli_compare.command(record)
+            continue
         config = record.config
         options = {name: config[name] for name in usual if config.get(name, usual[name]) != usual[name]}
         if record.name not in default and "models" in config:
@@ -234,6 +242,13 @@ def _commands(records: Sequence[Record]) -> dict[str, str]:
             words += [f"--{name}", *map(str, value if name == "models" else [value])]
         commands[record.name] = shlex.join([*words, "--only", record.name])
     return commands
+
+
+def _is_comparison(record: Record) -> bool:
+    """Whether `me-stats compare` left this record, which is no part of the main job."""
+    from me_stats.record import experiment_of
+
+    return experiment_of(record.name) == "compare"
 
 
 def _in_order(records: list[Record]) -> list[Record]:

@@ -7,13 +7,14 @@ come in only where prefixes do: the continuations are draws of the first law.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scipy import stats
 from torch import Tensor
 
 from me_stats.acceptance import Forecast
@@ -24,9 +25,14 @@ from me_stats.models.shared import networks, readings_along
 from me_stats.sensitivity.estimate import Estimate
 from me_stats.sequence_divergence import TVEstimate, ViolationBound, escaped_mass_bound, sequence_tv
 
+if TYPE_CHECKING:
+    from me_stats.orders import Stage
+
 Floats = NDArray[np.float64]
 
 _QUANTILES = (0.1, 0.5, 0.9, 0.99)
+_AT_FAULT = 5  # tokens shown of a prefix
+_FALSE_REFUSAL = 1e-9  # that rounding alone makes rows pass for draws of another law
 
 
 @dataclass(frozen=True)
@@ -126,15 +132,16 @@ def compare_laws(
     worst
         How many prefixes to show.
     floor
-        TV a step between p as drawn and as scored here, plus that of q: widens the intervals of sequences.
-        `session_floor` measures it.
+        TV a step between p as drawn and as scored here, plus that of q: widens the intervals and lowers the bounds of
+        sequences. `session_floor` measures it.
     progress
         Called with 1 for every row.
 
     Raises
     ------
     ValueError
-        For fewer than two rows, an empty row, vocabularies that differ, or a floor outside [0, 1].
+        For fewer than two rows, an empty row, vocabularies that differ, a floor outside [0, 1], or rows with more
+        tokens that p excludes than rounding of the size of `floor` explains.
 
     Examples
     --------
@@ -148,42 +155,118 @@ def compare_laws(
     >>> round(found.step.value, 2), [(gap.length, round(gap.tv.value, 2)) for gap in found.lengths]
     (0.3, [(1, 0.31), (2, 0.45), (4, 0.75), (8, 0.93)])
     """
-    p.vocabulary.require_equal(q.vocabulary, name="p", other_name="q")
-    if len(tokens) < 2 or not all(map(len, tokens)):
-        raise ValueError(f"tokens must hold at least two rows and no empty one, got {len(tokens)} rows")
-    if not 0.0 <= floor <= 1.0:
-        raise ValueError(f"floor is {floor}: a total variation lies in [0, 1]")
-    further = dict(others or {})
     rows = []
-    for number, reading in enumerate(readings_along([p, q, *further.values()], prompts, tokens)):
-        own, other = _on_cpu(reading.law(p)), _on_cpu(reading.law(q))
-        gaps = {name: _tv(own, _on_cpu(reading.law(model))) for name, model in further.items()}
-        rows.append(_Row.of(number, tokens[number], own, other, gaps))
+    for row in gaps_along(p, q, prompts, tokens, others=others):
+        rows.append(row)
         if progress is not None:
             progress(1)
+    return summarise(
+        rows, prompts, tokens, n_networks=len(networks(p, q)), lengths=lengths, worst=worst, floor=floor,
+        confidence=confidence,
+    )  # fmt: skip
+
+
+def gaps_along(
+    p: Any,
+    q: Any,
+    prompts: Sequence[Prefix],
+    tokens: Sequence[Prefix],
+    *,
+    others: Mapping[str, Any] | None = None,
+) -> Iterator[RowGaps]:
+    """Row by row what `compare_laws` looks at, with the same arguments; `summarise` makes one comparison of them."""
+    p.vocabulary.require_equal(q.vocabulary, name="p", other_name="q")
+    further = dict(others or {})
+    for path, reading in zip(tokens, readings_along([p, q, *further.values()], prompts, tokens), strict=True):
+        own, other = reading.law(p).cpu(), reading.law(q).cpu()
+        gaps = {name: _tv(own, reading.law(model).cpu()) for name, model in further.items()}
+        yield RowGaps.of(path, own, other, gaps)
+
+
+def summarise(
+    rows: Sequence[RowGaps],
+    prompts: Sequence[Prefix],
+    tokens: Sequence[Prefix],
+    *,
+    n_networks: int,
+    lengths: Sequence[int] | None = None,
+    worst: int = 8,
+    floor: float = 0.0,
+    confidence: float = 0.95,
+) -> Comparison:
+    """The `Comparison` of rows that `gaps_along` gave, in one call or several, for these prompts and tokens.
+
+    `n_networks` is that of both laws together, ``len(networks(p, q))``; the rest is as in `compare_laws`.
+    """
+    _check_rows(rows, floor)
     place = np.repeat(np.arange(len(rows)), [len(row.tv) for row in rows])
-    tv = np.concatenate([row.tv for row in rows])
 
     def mean(parts: Sequence[Floats]) -> Estimate:
         return clustered_mean(np.concatenate(parts), place, confidence=confidence)
 
-    step = mean([row.tv for row in rows])
-    found = sorted(rows, key=lambda row: -row.tv.max())[: max(0, worst)]
+    tv = np.concatenate([row.tv for row in rows])
+    # Of equal ones the first: sorting is stable.
+    found = sorted(range(len(rows)), key=lambda row: -rows[row].tv.max())[: max(0, worst)]
     acceptance = mean([1 - row.tv for row in rows])
     return Comparison(
-        step=step,
+        step=mean([row.tv for row in rows]),
         quantiles={level: float(np.quantile(tv, level)) for level in _QUANTILES},
         largest=float(tv.max()),
         outside=mean([row.outside for row in rows]),
         missing=mean([row.missing for row in rows]),
-        others={name: mean([row.gaps[name] for row in rows]) for name in further},
+        others={name: mean([row.gaps[name] for row in rows]) for name in rows[0].gaps},
         lengths=_by_length(rows, lengths, floor, confidence),
-        worst=tuple(row.worst(prompts[row.number], tokens[row.number]) for row in found),
-        forecast=Forecast(acceptance, len(networks(p, q)), 1).at_best(),
+        worst=tuple(rows[row].worst(row, prompts[row], tokens[row]) for row in found),
+        forecast=Forecast(acceptance, n_networks, 1).at_best(),
         row_tv=np.array([row.tv.mean() for row in rows]),
         prefixes=len(tv),
         floor=floor,
     )
+
+
+@dataclass(frozen=True)
+class CauseGap:
+    """TV a step between a law and the one with this cause `alone`, and with all causes up to this one."""
+
+    name: str
+    alone: Estimate | None
+    cumulative: Estimate
+
+
+def stage_laws(stages: Sequence[Stage]) -> dict[str, Any]:
+    """The laws of `orders.stages` under the names at which `cause_gaps` looks for them: the `others` to compare with.
+
+    The last cumulative law is q itself, and the first is the same alone and cumulative: neither is here twice.
+    """
+    laws = {f"{stage.name}, alone": stage.alone for stage in stages if stage.alone is not None}
+    return laws | {f"up to {stage.name}": stage.cumulative for stage in stages[1:-1]}
+
+
+def cause_gaps(found: Comparison, stages: Sequence[Stage]) -> tuple[CauseGap, ...]:
+    """What each stage costs, from a comparison with ``others=stage_laws(stages)``.
+
+    Examples
+    --------
+    >>> from me_stats.models import MarkovModel
+    >>> from me_stats.orders import OrderedLaw, Transforms, stages
+    >>> from me_stats.samplers import MESampler
+    >>> toys, transforms = [MarkovModel.random(9, seed=s) for s in (0, 1)], Transforms(temperature=0.7, top_k=3)
+    >>> first, second = (OrderedLaw(o, transforms, (0.5, 0.5)) for o in ("transform-then-mix", "mix-then-transform"))
+    >>> p, q, way = first.over(toys), second.over(toys), stages(first, second, toys)
+    >>> trace = MESampler(p).sample([0], n=200, max_new_tokens=8)
+    >>> found = compare_laws(p, q, trace.row_prompts(), trace.sequences(), others=stage_laws(way))
+    >>> [(gap.name, round(gap.alone.value, 2), round(gap.cumulative.value, 2)) for gap in cause_gaps(found, way)]
+    [('temperature', 0.04, 0.04), ('top_k', 0.26, 0.26)]
+    """
+    gaps = []
+    for number, stage in enumerate(stages):
+        alone = found.others.get(f"{stage.name}, alone")
+        if number == len(stages) - 1:
+            cumulative = found.step
+        else:
+            cumulative = found.others[f"up to {stage.name}" if number else f"{stage.name}, alone"]
+        gaps.append(CauseGap(stage.name, alone, cumulative))
+    return tuple(gaps)
 
 
 def session_floor(model: Any, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Floats:
@@ -202,43 +285,71 @@ def session_floor(model: Any, prompts: Sequence[Prefix], tokens: Sequence[Prefix
 
 
 @dataclass(frozen=True)
-class _Row:
-    """Steps of one continuation; `log_ratio` is log q - log p of its tokens."""
+class RowGaps:
+    """Steps of one continuation, as `gaps_along` finds them.
 
-    number: int
+    Attributes
+    ----------
+    tv, outside, missing
+        (T,) as in `Comparison`.
+    log_ratio
+        (T,) log q - log p of its tokens; 0 where p as scored here excludes the token that was drawn.
+    gaps
+        (T,) TV to each further law, by name.
+    at_fault
+        (F, 3) tokens of the step with the largest TV: id, p, q.
+    excluded
+        How many of its tokens p, as scored here, excludes.
+    """
+
     tv: Floats
     outside: Floats
     missing: Floats
     log_ratio: Floats
     gaps: Mapping[str, Floats]
-    at_fault: tuple[tuple[int, float, float], ...]
+    at_fault: Floats
+    excluded: int = 0
 
     @classmethod
-    def of(cls, number: int, path: Prefix, p: Tensor, q: Tensor, gaps: Mapping[str, Floats]) -> _Row:
+    def of(cls, path: Prefix, p: Tensor, q: Tensor, gaps: Mapping[str, Floats]) -> RowGaps:
+        """From the laws (T, V) of both along a continuation of T tokens."""
+        if not len(path):
+            raise ValueError("tokens must hold no empty row")
         tv = _tv(p, q)
         ids = torch.tensor(path, dtype=torch.int64)[:, None]
         log_p, log_q = p.gather(-1, ids)[:, 0].double(), q.gather(-1, ids)[:, 0].double()
-        if bool((log_p == -torch.inf).any()):
-            step = int((log_p == -torch.inf).nonzero()[0])
-            raise ValueError(
-                f"row {number} has token {path[step]} at step {step}, which p excludes: continuations must be draws of "
-                "p, scored in the precision that they were drawn in"
-            )
+        excluded = log_p == -torch.inf
+        ratio = torch.where(excluded, 0.0, log_q - log_p)
         worst = int(tv.argmax())
         # Differences in float64: a token's own p and q are read off the page.
         there_p, there_q = p[worst].double().exp(), q[worst].double().exp()
-        top = (there_p - there_q).abs().topk(min(5, p.shape[-1])).indices
-        at_fault = tuple((int(x), float(there_p[x]), float(there_q[x])) for x in top)
-        ratio = (log_q - log_p).numpy()
-        return cls(number, tv, _escaped(p, q), _escaped(q, p), ratio, gaps, at_fault)
+        top = (there_p - there_q).abs().topk(min(_AT_FAULT, p.shape[-1])).indices
+        at_fault = torch.stack([top.double(), there_p[top], there_q[top]], -1).numpy()
+        return cls(tv, _escaped(p, q), _escaped(q, p), ratio.numpy(), gaps, at_fault, int(excluded.sum()))
 
-    def worst(self, prompt: Prefix, path: Prefix) -> WorstPrefix:
+    def worst(self, row: int, prompt: Prefix, path: Prefix) -> WorstPrefix:
+        """Where this row's laws differ most."""
         step = int(self.tv.argmax())
-        return WorstPrefix(self.number, step, float(self.tv[step]), (*prompt, *path[:step]), self.at_fault)
+        at_fault = tuple((int(token), float(p), float(q)) for token, p, q in self.at_fault)
+        return WorstPrefix(row, step, float(self.tv[step]), (*prompt, *path[:step]), at_fault)
+
+
+def _check_rows(rows: Sequence[RowGaps], floor: float) -> None:
+    if len(rows) < 2:
+        raise ValueError(f"tokens must hold at least two rows, got {len(rows)}")
+    if not 0.0 <= floor <= 1.0:
+        raise ValueError(f"floor is {floor}: a total variation lies in [0, 1]")
+    count, steps = sum(row.excluded for row in rows), sum(len(row.tv) for row in rows)
+    # A cut between near-ties falls elsewhere in another forward; its tokens carry no more mass than the floor.
+    if count and stats.binom.sf(count - 1, steps, floor) < _FALSE_REFUSAL:
+        raise ValueError(
+            f"{count} of {steps} tokens are excluded by p, and a floor of {floor:.2g} a step explains no such number: "
+            "continuations must be draws of p, scored in the precision that they were drawn in"
+        )
 
 
 def _by_length(
-    rows: Sequence[_Row], lengths: Sequence[int] | None, floor: float, confidence: float
+    rows: Sequence[RowGaps], lengths: Sequence[int] | None, floor: float, confidence: float
 ) -> tuple[LengthGap, ...]:
     longest = max(len(row.tv) for row in rows)
     if lengths is None:
@@ -257,9 +368,10 @@ def _by_length(
     one_sided = 0.5 + confidence / 2
     found = []
     for length in sorted({min(int(length), longest) for length in lengths if length >= 1}):
-        tv = sequence_tv(total[:, length - 1], confidence=confidence, floor=min(1.0, length * floor))
+        rounding = min(1.0, length * floor)
+        tv = sequence_tv(total[:, length - 1], confidence=confidence, floor=rounding)
         bound = escaped_mass_bound(outside[:, :length], outside=excluded[:, :length], confidence=one_sided)
-        found.append(LengthGap(length, tv, bound))
+        found.append(LengthGap(length, tv, replace(bound, lower=max(0.0, bound.lower - rounding))))
     return tuple(found)
 
 
@@ -269,7 +381,3 @@ def _tv(p: Tensor, q: Tensor) -> Floats:
 
 def _escaped(p: Tensor, q: Tensor) -> Floats:
     return np.atleast_1d(np.asarray(escaped_mass(p, q), dtype=np.float64))
-
-
-def _on_cpu(law: Tensor) -> Tensor:
-    return law.cpu()
