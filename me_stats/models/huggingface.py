@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from me_stats.models.base import LanguageModel, NaNLawError, Prefix, PrefixSession, Session
 from me_stats.models.catalog import resolve
-from me_stats.models.ragged import RaggedSession, attention_for
+from me_stats.models.packed import attention_for
+from me_stats.models.ragged import RaggedSession
 from me_stats.vocabulary import Vocabulary
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

@@ -138,11 +138,12 @@ class _HiddenSession(RaggedSession):
         self._output_layer = _output_layer(model)
         self.states = torch.zeros((len(prompts), hidden_size))
 
-    def _run(self, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[Tensor, int]:
+    def _run(self, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, reads: np.ndarray) -> tuple[Tensor, int]:
         with _reading(self._output_layer) as seen:
-            laws, fed = super()._run(rows, starts, stops)
+            laws, fed = super()._run(rows, starts, stops, reads)
         order = np.argsort(self._slot[rows], kind="stable")  # the packed order of the forward
-        self.states[torch.from_numpy(rows[order])] = seen[0][0].float().cpu()
+        last = torch.from_numpy(np.cumsum(reads[order]) - 1)
+        self.states[torch.from_numpy(rows[order])] = seen[0][0].float().cpu()[last]
         return laws, fed
 
 

@@ -1,6 +1,6 @@
 """Samplers: CE draws from the mixture, ME runs one component a token, repairs reach other laws, controls err."""
 
-from me_stats.samplers.base import Sampler
+from me_stats.samplers.base import Sampler, StepSampler
 from me_stats.samplers.controls import SequenceMixtureSampler
 from me_stats.samplers.conventional import CESampler
 from me_stats.samplers.mixture import MESampler
@@ -14,4 +14,5 @@ __all__ = [
     "Sampler",
     "SequenceMixtureSampler",
     "SpeculativeSampler",
+    "StepSampler",
 ]

@@ -1,7 +1,8 @@
-"""The loop that all samplers share: rows, batches, stopping, and one draw per choice."""
+"""What all samplers share: rows, batches and traces; and the loop of those that write one token a row and step."""
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -48,7 +49,7 @@ class Batch:
 
 
 class Sampler(ABC):
-    """Draws continuations of prompts. Subclasses say how one step chooses its token.
+    """Draws continuations of prompts. Subclasses say how a batch of rows is written; most are a `StepSampler`.
 
     Parameters
     ----------
@@ -63,10 +64,16 @@ class Sampler(ABC):
         self.model = model
 
     @abstractmethod
-    def _step(
-        self, batch: Batch, positions: np.ndarray, step: int, draw: Draw, memory: dict[str, Any]
-    ) -> tuple[Tensor, np.ndarray | None]:
-        """One token per position, and the component that wrote it (None: the mixture did)."""
+    def _run_batch(
+        self,
+        prompts: list[tuple[int, ...]],
+        prompt_index: np.ndarray,
+        numbers: np.ndarray,
+        max_new_tokens: int,
+        draw: Draw,
+        progress: Callable[[int], None] | None,
+    ) -> tuple[Tensor, Tensor | None, Cost]:
+        """Tokens (N, T) of the rows `numbers`, the components that wrote them (None: the mixture did), and the cost."""
 
     def _plan(self) -> tabular.Plan | None:
         """How to run this sampler on tables alone; None if the model is not a table.
@@ -161,9 +168,7 @@ class Sampler(ABC):
         draw: Draw | None,
         progress: Callable[[int], None] | None,
     ) -> tuple[Tensor, Tensor | None, Cost]:
-        # A row that writes one token reads the law of its prompt, and keeps nothing of its own.
-        fits = len(numbers) if max_new_tokens == 1 else self._rows_that_fit(max(map(len, prompts)) + max_new_tokens)
-        size = batch_size or fits
+        size = batch_size or self._rows_at_once(max(map(len, prompts)), max_new_tokens)
         # Streams remember the rows of their batch, so each batch has its own; the numbers are the same.
         parts = [
             self._run_batch(
@@ -177,6 +182,27 @@ class Sampler(ABC):
             torch.cat(components) if components else None,
             sum((part[2] for part in parts), Cost()),
         )
+
+    def _rows_at_once(self, prompt_length: int, max_new_tokens: int) -> int:
+        """Rows of a batch if the caller does not say."""
+        return rows_that_fit(self.model, prompt_length + max_new_tokens)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.model!r})"
+
+
+class StepSampler(Sampler):
+    """A sampler that writes one token to every row at every step. Subclasses say how a step chooses it."""
+
+    @abstractmethod
+    def _step(
+        self, batch: Batch, positions: np.ndarray, step: int, draw: Draw, memory: dict[str, Any]
+    ) -> tuple[Tensor, np.ndarray | None]:
+        """One token per position, and the component that wrote it (None: the mixture did)."""
+
+    def _rows_at_once(self, prompt_length: int, max_new_tokens: int) -> int:
+        # A row that writes one token reads the law of its prompt, and keeps nothing of its own.
+        return sys.maxsize if max_new_tokens == 1 else super()._rows_at_once(prompt_length, max_new_tokens)
 
     def _run_batch(
         self,
@@ -222,12 +248,6 @@ class Sampler(ABC):
         steps = np.repeat(np.arange(len(written)), [len(positions) for positions, _ in written])
         grid[torch.from_numpy(where), torch.from_numpy(steps)] = flat
         return grid, torch.from_numpy(components) if has_components else None, session.cost
-
-    def _rows_that_fit(self, length: int) -> int:
-        return rows_that_fit(self.model, length)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.model!r})"
 
 
 def rows_that_fit(model: Any, length: int, *, default: int = 1 << 20) -> int:

@@ -11,10 +11,10 @@ from torch import Tensor
 from me_stats.draws import Draw
 from me_stats.models.ensemble import Ensemble, EnsembleSession
 from me_stats.samplers import tabular
-from me_stats.samplers.base import Batch, Sampler
+from me_stats.samplers.base import Batch, StepSampler
 
 
-class CESampler(Sampler):
+class CESampler(StepSampler):
     r"""Draws each token from the model's own law; for an Ensemble from :math:`\sum_i λ_i P_i`.
 
     Takes any LanguageModel. For an Ensemble every step runs all K components.

@@ -13,10 +13,10 @@ from me_stats.models.ensemble import Ensemble, EnsembleSession
 from me_stats.models.joint import JointTransform
 from me_stats.models.warped import Warp, Warped
 from me_stats.samplers import tabular
-from me_stats.samplers.base import Batch, Sampler
+from me_stats.samplers.base import Batch, StepSampler
 
 
-class MESampler(Sampler):
+class MESampler(StepSampler):
     r"""Draws a component :math:`m \sim \mathrm{Cat}(w(prefix))`, runs it alone, and draws from its law.
 
     The token's law given the prefix is :math:`\sum_i w_i P_i`, the law that `CESampler` draws from, at one

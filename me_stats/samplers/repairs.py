@@ -12,10 +12,10 @@ from me_stats.draws import Draw
 from me_stats.models.base import Session
 from me_stats.models.ensemble import EnsembleSession
 from me_stats.models.joint import Restricted
-from me_stats.samplers.base import Batch, Sampler
+from me_stats.samplers.base import Batch, StepSampler
 
 
-class FixedMaskSampler(Sampler):
+class FixedMaskSampler(StepSampler):
     r"""Draws from the mixture conditioned on a fixed token set A by redrawing component and token *together*.
 
     A pair m ~ λ, x ~ P_m that is accepted where x ∈ A has the law :math:`λ_m P_m(x) 1_A(x) / \sum_j λ_j P_j(A)`, so x

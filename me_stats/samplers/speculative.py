@@ -74,9 +74,6 @@ class SpeculativeSampler(Sampler):
     True
     """
 
-    # A round writes several tokens, so `_run_batch` stands in for the loop of single steps.
-    _step = None  # type: ignore[assignment]
-
     def __init__(self, target: Any, draft: Any, *, chunk: int = 4) -> None:
         super().__init__(target)
         require_language_model(draft, name="draft")
@@ -131,8 +128,14 @@ class SpeculativeSampler(Sampler):
         """The law (B, V) that each draft is judged by: the whole draft's."""
         return reading.law(self.draft)
 
-    def _rows_that_fit(self, length: int) -> int:
-        return min(rows_that_fit(self.model, length), rows_that_fit(self.draft, length))
+    def _left_over(self, reading: Reading, q: Tensor, p: Tensor) -> Tensor:
+        """What drafts of law p leave to be written at the prefixes of `reading`: (q - p)+ (B, V), up to its sum."""
+        rest = (q - p).clamp(min=0.0)
+        # A rejection that leaves nothing is rounding; the target's own law is right then.
+        return torch.where(rest.sum(-1, keepdim=True) > 0, rest, q)
+
+    def _rows_at_once(self, prompt_length: int, max_new_tokens: int) -> int:
+        return min(rows_that_fit(model, prompt_length + max_new_tokens) for model in (self.model, self.draft))
 
     def __repr__(self) -> str:
         return f"SpeculativeSampler({self.model!r}, {self.draft!r}, chunk={self.chunk})"
@@ -214,16 +217,10 @@ class _Round:
         failed = np.flatnonzero(~accepted)
         if len(failed):
             where = torch.from_numpy(failed)
-            rest = self._residual(q[where].exp(), p[where].exp())
+            rest = self.sampler._left_over(here.at(failed), q[where].exp(), p[where].exp())
             tokens = tokens.copy()
             tokens[failed] = _drawn(self.draw, rest.log(), rows[failed], steps[failed], "repair")
         return tokens, accepted
-
-    def _residual(self, q: Tensor, p: Tensor) -> Tensor:
-        """What the draft leaves to be written, (q - p)+ up to its sum."""
-        rest = (q - p).clamp(min=0.0)
-        # A rejection that leaves nothing is rounding; the target's own law is right then.
-        return torch.where(rest.sum(-1, keepdim=True) > 0, rest, q)
 
 
 def _drawn(draw: Draw, log_law: Tensor, rows: np.ndarray, steps: np.ndarray, stream: Stream) -> np.ndarray:

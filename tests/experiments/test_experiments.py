@@ -242,9 +242,9 @@ def stale_cache(patch: pytest.MonkeyPatch) -> None:
     """A session that does not see the newest token."""
     run = ragged.RaggedSession._run
 
-    def stale(self: Any, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Any:
+    def stale(self: Any, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, reads: np.ndarray) -> Any:
         stops = np.maximum(stops - 1, self._prompt_length[rows])
-        return run(self, rows, np.minimum(starts, stops - 1), stops)
+        return run(self, rows, np.minimum(starts, stops - reads), stops, reads)
 
     patch.setattr(ragged.RaggedSession, "_run", stale)
     _past_the_gate(patch)
@@ -254,9 +254,9 @@ def lost_span(patch: pytest.MonkeyPatch) -> None:
     """A session that forwards the newest token only, however many are missing."""
     run = ragged.RaggedSession._run
 
-    def hasty(self: Any, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Any:
+    def hasty(self: Any, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, reads: np.ndarray) -> Any:
         late = starts >= self._prompt_length[rows]
-        return run(self, rows, np.where(late, stops - 1, starts), stops)
+        return run(self, rows, np.where(late, stops - reads, starts), stops, reads)
 
     patch.setattr(ragged.RaggedSession, "_run", hasty)
     _past_the_gate(patch)

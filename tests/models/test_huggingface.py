@@ -14,9 +14,10 @@ from me_stats.mixing import ConstantMixing
 from me_stats.models import Conditioned, Cost, Ensemble, TopK, Warped, huggingface
 from me_stats.models.catalog import CatalogError
 from me_stats.models.huggingface import TransformersModel
+from me_stats.models.joint import Restricted
 from me_stats.models.ragged import RaggedSession
 from me_stats.presets import SIBLINGS, TEXT_PROMPTS
-from me_stats.samplers import CESampler, MESampler, Sampler
+from me_stats.samplers import CESampler, FixedMaskSampler, MESampler, Sampler, SpeculativeSampler
 from me_stats.trace import Trace, score
 from tests.mixtures import PROMPTS, ROUNDING, STEPS, assert_coupled, component, ensemble
 from tests.networks import CONTEXT, FAMILIES, V, devices, network, shape, tiny, total_variation
@@ -27,6 +28,11 @@ SAMPLERS: dict[str, Callable[[Ensemble], Sampler]] = {
     "ce": CESampler,
     "me": MESampler,
     "latent": lambda ensemble: CESampler(ensemble, latent=True),
+    "speculative": lambda ensemble: SpeculativeSampler(Warped(ensemble, TopK(8)), ensemble, chunk=3),
+    "fixed mask": lambda ensemble: FixedMaskSampler(
+        Restricted(ensemble.components, ensemble.mixing, filter(lambda x: x % 8, range(ensemble.vocabulary.size))),
+        attempts=1,
+    ),
 }
 every_sampler = pytest.mark.parametrize("build", SAMPLERS.values(), ids=SAMPLERS.keys())
 

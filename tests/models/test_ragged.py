@@ -15,7 +15,8 @@ from transformers import DynamicCache
 
 from me_stats.models import Cost
 from me_stats.models.huggingface import TransformersModel
-from me_stats.models.ragged import Layout, RaggedSession, SlotCache
+from me_stats.models.packed import Layout, SlotCache
+from me_stats.models.ragged import RaggedSession
 from tests.networks import CONTEXT, FAMILIES, WINDOW, V, devices, tiny, total_variation
 from tests.strategies import seeds
 
@@ -116,8 +117,8 @@ def stale(patch: pytest.MonkeyPatch, session: RaggedSession) -> None:
     """The newest token of a catch-up is dropped."""
     run = session._run
 
-    def dropping(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> tuple[Tensor, int]:
-        return run(rows, starts, np.where((starts > 0) & (stops - starts > 1), stops - 1, stops))
+    def dropping(rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, reads: np.ndarray) -> tuple[Tensor, int]:
+        return run(rows, starts, np.where((starts > 0) & (stops - starts > reads), stops - 1, stops), reads)
 
     patch.setattr(session, "_run", dropping)
 
@@ -127,8 +128,8 @@ def positions_held(patch: pytest.MonkeyPatch, session: RaggedSession) -> None:
     network = session._network
 
     def held(**inputs: Any) -> Any:
-        positions, last = inputs["position_ids"].clone(), inputs["ragged"].last
-        positions[0, last] = (positions[0, last] - 1).clamp(min=0)
+        positions, read = inputs["position_ids"].clone(), inputs["ragged"].read
+        positions[0, read] = (positions[0, read] - 1).clamp(min=0)
         return network(**inputs | {"position_ids": positions})
 
     patch.setattr(session, "_network", held)

@@ -45,6 +45,14 @@ def test_sessions_and_paths_equal_the_definition(width: int | None) -> None:
         assert float(definition.exp()[:, 0].std()) > 0.01
 
 
+def test_the_state_is_that_of_the_last_position_however_many_are_read() -> None:
+    router = HiddenStateRouter(component(0), 2)
+    session = router.stream([(5, 6, 7), (8,), (9, 3)])._session
+    session.log_probs_along(np.array([2, 0]), np.array([1, 2]))
+    expected = torch.stack([states[-1] for states in router.features([(5, 6, 7), (9, 3)])])
+    assert torch.allclose(session.states[[0, 2]], expected, atol=1e-4)
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_every_architecture_reads_one_state_in_both_ways(family: str) -> None:
     weights = RouterMixing(scrambled(HiddenStateRouter(tiny(family), 3), scale=0.2))

@@ -8,25 +8,54 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from me_stats.draws import RowStreams
 from me_stats.mixing import ConstantMixing
-from me_stats.models import Conditioned, Cost, Ensemble, MarkovModel, TableModel, TopK, Warped
-from me_stats.samplers import CESampler, MESampler, Sampler, SequenceMixtureSampler
+from me_stats.models import Conditioned, Cost, Ensemble, MarkovModel, TableModel, Temperature, TopK, Warped
+from me_stats.models.joint import Restricted
+from me_stats.samplers import (
+    CESampler,
+    FixedMaskSampler,
+    MESampler,
+    Sampler,
+    SequenceMixtureSampler,
+    SpeculativeSampler,
+)
 from me_stats.samplers.base import rows_that_fit
 from me_stats.trace import Trace
 from tests.strategies import LastTokenMixing, OutsideModel, ensembles, prompts, seeds
 
 pytestmark = pytest.mark.usefixtures("tables_for_any_length")
 
-SAMPLERS: dict[str, Callable[[Ensemble], Sampler]] = {
+# One law a row, and a component's for every token that is written.
+PLAIN: dict[str, Callable[[Ensemble], Sampler]] = {
     "CE": CESampler,
     "CE latent": lambda ensemble: CESampler(ensemble, latent=True),
     "ME": MESampler,
     "one component per sequence": SequenceMixtureSampler,
 }
+
+
+def speculative(ensemble: Ensemble) -> Sampler:
+    return SpeculativeSampler(Warped(ensemble, Temperature(0.5)), ensemble, chunk=3)
+
+
+def fixed_mask(attempts: int) -> Callable[[Ensemble], Sampler]:
+    """Of all tokens, which any mixture can write: each first pair is accepted, or each token takes the fall-back."""
+
+    def build(ensemble: Ensemble) -> Sampler:
+        everything = range(ensemble.vocabulary.size)
+        return FixedMaskSampler(Restricted(ensemble.components, ensemble.mixing, everything), attempts=attempts)
+
+    return build
+
+
+SAMPLERS = PLAIN | {"speculative": speculative, "fixed mask": fixed_mask(4), "fixed mask, tilted": fixed_mask(0)}
+plain_sampler = pytest.mark.parametrize("build", PLAIN.values(), ids=PLAIN.keys())
+# Seven samplers a property: half as many examples of each.
+half = settings(max_examples=settings.default.max_examples // 2)  # type: ignore[union-attr]
 every_sampler = pytest.mark.parametrize("build", SAMPLERS.values(), ids=SAMPLERS.keys())
 
 
@@ -86,6 +115,7 @@ def test_names() -> None:
 
 
 @every_sampler
+@half
 @given(data=st.data(), seed=seeds, steps=st.integers(1, 20))
 def test_neighbours_order_and_batches_do_not_matter(build: Any, data: st.DataObject, seed: int, steps: int) -> None:
     ensemble = data.draw(ensembles())
@@ -193,7 +223,7 @@ def test_one_row_costs_me_one_run_a_token_and_ce_one_for_each_component(outside:
             assert sum(component.calls for component in ensemble.components) == forwards, name
 
 
-@every_sampler
+@plain_sampler
 @given(
     data=st.data(),
     seed=seeds,
@@ -248,6 +278,7 @@ class ElsewhereStreams(RowStreams):
 
 
 @every_sampler
+@half
 @given(seed=seeds, steps=st.integers(1, 40))
 def test_rows_that_are_dropped_late_write_the_same(build: Any, seed: int, steps: int) -> None:
     # An accelerator's queue is not stalled for every token: rows run on past their end, and are cut after.

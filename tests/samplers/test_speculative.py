@@ -8,7 +8,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from me_stats.acceptance import measure_acceptance
 from me_stats.divergence import tv_distance
@@ -16,11 +15,17 @@ from me_stats.exact import sampler_law, sequence_law
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Ensemble, Greedy, MarkovModel, TableModel, Temperature, TopK, TopP, Warped
 from me_stats.models.joint import PublishedCE, UnionTopK, published_me
-from me_stats.models.shared import Reading
 from me_stats.samplers import MESampler, SpeculativeSampler
-from me_stats.samplers.speculative import _drawn, _Round
+from me_stats.samplers.speculative import _Round
+from me_stats.testing._faulty_repairs import (
+    AcceptsAll,
+    JudgesByTheOther,
+    JudgesByTheWriter,
+    RepairsForTheDraft,
+    RepairsFromTarget,
+)
 from tests.stand_ins import Ledger
-from tests.strategies import LastTokenMixing, ensembles, seeds, warps
+from tests.strategies import LastTokenMixing, OutsideModel, ensembles, seeds, warps
 
 Orders = Callable[[list[TableModel], ConstantMixing], tuple[Any, Any]]
 
@@ -121,26 +126,6 @@ def test_weights_may_come_from_a_router() -> None:
 # --- the law that a draft is judged by ------------------------------------------------------------------
 
 
-class ByComponent(SpeculativeSampler):
-    """Accepts with min(1, q/P_m) for the component m that wrote the token: exact too, and less often accepted."""
-
-    def _propose(self, reading: Reading, rows: np.ndarray, steps: np.ndarray, draw: Any) -> np.ndarray:
-        self.chosen = getattr(self, "chosen", {})
-        chosen = _drawn(draw, reading.log_weights(self.draft.mixing), rows, steps, "component")
-        tokens = np.zeros(len(rows), dtype=np.int64)
-        for place, (row, step, i) in enumerate(zip(rows.tolist(), steps.tolist(), chosen.tolist(), strict=True)):
-            self.chosen[row, step] = i
-            here = np.array([place])
-            law = reading.at(here).law(self.draft.components[i])
-            tokens[here] = _drawn(draw, law, rows[here], steps[here], "token")
-        return tokens
-
-    def _proposal(self, reading: Reading, rows: np.ndarray, steps: np.ndarray) -> Tensor:
-        laws = torch.stack([reading.law(component) for component in self.draft.components])
-        drawn = [self.chosen[row, step] for row, step in zip(rows.tolist(), steps.tolist(), strict=True)]
-        return laws[torch.tensor(drawn), torch.arange(len(rows))]
-
-
 @pytest.mark.parametrize("name", ["temperature", "top-k", "greedy, plain draft", "published"])
 def test_the_component_that_wrote_it_may_judge_a_draft_and_accepts_less(name: str) -> None:
     toys = [TableModel.random(3, seed=seed, order=2) for seed in (0, 1)]
@@ -148,14 +133,15 @@ def test_the_component_that_wrote_it_may_judge_a_draft_and_accepts_less(name: st
     target, draft = PAIRS[name](toys, mixing)
     for chunk in (1, 2):
         law = sequence_law(target, [0], max_new_tokens=2)
-        assert sampler_law(ByComponent(target, draft, chunk=chunk), [0], max_new_tokens=2).tv_distance(law) < 1e-12
+        sampler = JudgesByTheWriter(target, draft, chunk=chunk)
+        assert sampler_law(sampler, [0], max_new_tokens=2).tv_distance(law) < 1e-12
     q, p = target.log_probs([(0,)])[0], draft.log_probs([(0,)])[0]
     apart = [tv_distance(part.log_probs([(0,)])[0], q) for part in draft.components]
     # TV is convex, and linear where the target is one token.
     gain = mixing.weights.numpy() @ apart - tv_distance(p, q)
     assert gain == pytest.approx(0, abs=1e-12) if name.startswith("greedy") else gain > 0.01
     whole = measure_acceptance(SpeculativeSampler(target, draft), [0], n=400, max_new_tokens=1)
-    single = measure_acceptance(ByComponent(target, draft), [0], n=400, max_new_tokens=1)
+    single = measure_acceptance(JudgesByTheWriter(target, draft), [0], n=400, max_new_tokens=1)
     assert whole.expected.value == pytest.approx(1 - tv_distance(p, q))
     # Two rates measured on 400 rows each; 4.9 standard errors of a difference is 1e-6.
     chance = 1 - mixing.weights.numpy() @ apart
@@ -163,18 +149,6 @@ def test_the_component_that_wrote_it_may_judge_a_draft_and_accepts_less(name: st
 
 
 # --- planted bugs ---------------------------------------------------------------------------------------
-
-
-class AcceptsAll(SpeculativeSampler):
-    def _proposal(self, reading: Reading, rows: np.ndarray, steps: np.ndarray) -> Tensor:
-        return reading.law(self.model)
-
-
-class JudgesByTheOther(SpeculativeSampler):
-    """Judges a mixture's draft by the law of one component."""
-
-    def _proposal(self, reading: Reading, rows: np.ndarray, steps: np.ndarray) -> Tensor:
-        return reading.law(self.draft.components[0])
 
 
 class Careless(SpeculativeSampler):
@@ -186,13 +160,6 @@ class Careless(SpeculativeSampler):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr("me_stats.samplers.speculative._Round", self.kind)
             return super()._run_batch(*args)
-
-
-class RepairsFromTarget(_Round):
-    """Draws the repair from q instead of (q - p)+."""
-
-    def _residual(self, q: Tensor, p: Tensor) -> Tensor:
-        return q
 
 
 class KeepsRejectedTail(_Round):
@@ -218,7 +185,8 @@ def test_planted_bugs_are_told_from_the_sampler() -> None:
         for sampler in (
             AcceptsAll(target, draft, chunk=1),
             JudgesByTheOther(target, draft, chunk=1),
-            careless(RepairsFromTarget),
+            RepairsFromTarget(target, draft, chunk=1),
+            RepairsForTheDraft(target, draft, chunk=1),
             careless(KeepsRejectedTail),
         )
     ]
@@ -238,6 +206,23 @@ def test_a_round_costs_its_drafts_and_one_pass_of_every_network() -> None:
     # The last round has room for one draft fewer than it may make.
     trace = SpeculativeSampler(Ensemble(toys, ensemble.mixing), ensemble, chunk=4).sample([0], max_new_tokens=49)
     assert trace.cost.forwards == 9 * (4 + 3) + 3 + 3
+
+
+def test_rows_keep_to_the_memory_of_target_and_draft_even_for_one_token() -> None:
+    # Unlike a step that reads the law of its prompt, a check keeps keys and values of every row.
+    class Room(OutsideModel):
+        room = 60
+
+        def rows_that_fit(self, length: int) -> int:
+            return self.room // length
+
+    small, large = (Room(TableModel.random(3, seed=0, order=1)) for _ in range(2))
+    large.room = 6000
+    for pair in ((small, large), (large, small)):
+        seen: list[int] = []
+        sampler = SpeculativeSampler(*pair)
+        sampler.sample([0], n=50, max_new_tokens=1, progress=seen.append)
+        assert seen == [30, 20]
 
 
 def test_what_cannot_be_drafted_is_refused() -> None:

@@ -12,8 +12,9 @@ from hypothesis import assume
 
 from me_stats import CESampler, ConstantMixing, Ensemble, MESampler, SequenceMixtureSampler, exact
 from me_stats.equivalence import binomial_interval
-from me_stats.models import TableModel
-from me_stats.samplers import Sampler
+from me_stats.models import TableModel, Temperature, Warped
+from me_stats.models.joint import Restricted
+from me_stats.samplers import FixedMaskSampler, Sampler, SpeculativeSampler
 from me_stats.testing import SamplerRejected
 from me_stats.testing.fuzz import FuzzRejected, SamplerExample, fuzz_sampler
 
@@ -83,9 +84,24 @@ def rejected(build: Build, **options: Any) -> tuple[SamplerExample, str, FuzzRej
     return caught.value.example, str(caught.value), caught.value
 
 
-@pytest.mark.parametrize("sampler", [MESampler, CESampler])
-def test_right_samplers_pass_both_ways(sampler: type[Sampler]) -> None:
-    walked = fuzz_sampler(sampler, max_examples=60, min_prompt_length=0)
+def speculative(ensemble: Ensemble) -> Sampler:
+    """The mixture, repaired from drafts at a low temperature, one at a time: paths multiply."""
+    cold = Ensemble([Warped(part, Temperature(0.5)) for part in ensemble.components], ensemble.mixing)
+    return SpeculativeSampler(ensemble, cold, chunk=1)
+
+
+def fixed_mask(ensemble: Ensemble) -> Sampler:
+    """The mixture conditioned on all tokens, each drawn by the fall-back."""
+    everything = range(ensemble.vocabulary.size)
+    return FixedMaskSampler(Restricted(ensemble.components, ensemble.mixing, everything), attempts=0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "size"),
+    [(MESampler, {}), (CESampler, {}), (fixed_mask, {}), (speculative, {"max_vocabulary": 3, "max_new_tokens": 2})],
+)
+def test_right_samplers_pass_both_ways(sampler: Build, size: dict[str, Any]) -> None:
+    walked = fuzz_sampler(sampler, max_examples=60, min_prompt_length=0, **size)
     assert walked.passed
     assert walked.sequences == 0
     assert [outcome.name for outcome in walked.outcomes] == ["60 ensembles, every path walked"]

@@ -11,7 +11,9 @@ import pytest
 
 from me_stats import CESampler, ConstantMixing, Ensemble, MESampler, SequenceMixtureSampler, exact
 from me_stats.equivalence import binomial_interval
-from me_stats.models import MarkovModel, TableModel, TopK, Warped
+from me_stats.models import MarkovModel, TableModel, Temperature, TopK, Warped
+from me_stats.models.joint import Restricted
+from me_stats.samplers import FixedMaskSampler, SpeculativeSampler
 from me_stats.testing import SamplerRejected, check_sampler
 
 TOYS = [MarkovModel.random(6, seed=s, concentration=0.5) for s in (0, 1)]
@@ -20,7 +22,19 @@ SHIFTED = Ensemble(TOYS, ConstantMixing([0.75, 0.25]))
 ENDING = Ensemble([MarkovModel.random(6, seed=s, eos=(5,)) for s in (2, 3)], ConstantMixing([0.5, 0.5]))
 
 
-@pytest.mark.parametrize("sampler", [MESampler, CESampler])
+def speculative(ensemble: Ensemble) -> SpeculativeSampler:
+    """The mixture, repaired from drafts at a low temperature."""
+    cold = Ensemble([Warped(part, Temperature(0.5)) for part in ensemble.components], ensemble.mixing)
+    return SpeculativeSampler(ensemble, cold)
+
+
+def fixed_mask(ensemble: Ensemble) -> FixedMaskSampler:
+    """The mixture conditioned on all tokens."""
+    everything = range(ensemble.vocabulary.size)
+    return FixedMaskSampler(Restricted(ensemble.components, ensemble.mixing, everything), attempts=0)
+
+
+@pytest.mark.parametrize("sampler", [MESampler, CESampler, speculative, fixed_mask])
 @pytest.mark.parametrize("model", [ENSEMBLE, ENDING], ids=["fixed length", "ends"])
 @pytest.mark.parametrize("steps", [1, 12])
 def test_right_samplers_pass_and_are_bounded(sampler: Any, model: Ensemble, steps: int) -> None:
