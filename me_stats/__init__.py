@@ -32,8 +32,10 @@ _HOME = {
 }
 _MODULES = (
     "acceptance",
+    "advice",
     "chains",
     "chi_square",
+    "comparison",
     "corpus",
     "dependence",
     "divergence",
@@ -50,6 +52,7 @@ _MODULES = (
     "martingale",
     "models",
     "monitor",
+    "orders",
     "parts",
     "per_sequence",
     "prefixes",
@@ -73,14 +76,17 @@ _MODULES = (
     "variance",
     "vocabulary_files",
     "vocabulary_map",
+    "vocabulary_names",
     "weights",
 )
 
 if TYPE_CHECKING:
     from me_stats import (
         acceptance,
+        advice,
         chains,
         chi_square,
+        comparison,
         corpus,
         dependence,
         divergence,
@@ -97,6 +103,7 @@ if TYPE_CHECKING:
         martingale,
         models,
         monitor,
+        orders,
         parts,
         per_sequence,
         prefixes,
@@ -120,6 +127,7 @@ if TYPE_CHECKING:
         variance,
         vocabulary_files,
         vocabulary_map,
+        vocabulary_names,
         weights,
     )
     from me_stats.draws import RowStreams
@@ -147,8 +155,10 @@ __all__ = [
     "Vocabulary",
     "__version__",
     "acceptance",
+    "advice",
     "chains",
     "chi_square",
+    "comparison",
     "corpus",
     "dependence",
     "divergence",
@@ -165,6 +175,7 @@ __all__ = [
     "martingale",
     "models",
     "monitor",
+    "orders",
     "parts",
     "per_sequence",
     "prefixes",
@@ -189,6 +200,7 @@ __all__ = [
     "variance",
     "vocabulary_files",
     "vocabulary_map",
+    "vocabulary_names",
     "watch",
     "weights",
 ]

@@ -17,12 +17,13 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from me_stats.presets import SIBLINGS
+from me_stats.presets import MIXED_SIBLINGS, SIBLINGS
 from me_stats.record import Record, config_key, experiment_of
 from me_stats.report import ABOUT_TESTS
 
-# The real language model that a full run takes along, under two system prompts.
+# Real language models that a full run takes along: one under two system prompts, and two of different vocabularies.
 LANGUAGE_MODEL = ("smollm2-135m",)
+MIXED_MODELS = ("smollm2-135m", "gemma3-270m")
 
 Progress = Callable[[float, str], None]
 
@@ -88,10 +89,12 @@ def plan(
     where = {"dtype": dtype, "device": device, "seed": seed}
     if models is None:
         parts += _siblings(where, quick=quick)
+        parts += _mixed(MIXED_SIBLINGS, "siblings-mixed", where, size="quick" if quick else "siblings")
         if not quick:
             # Long rows take half the time in half precision; the record states what rounding does.
             long = {"dtype": "bfloat16"} if dtype == "float32" else {}
             parts += _language_models(LANGUAGE_MODEL, where, long=long)
+            parts += _mixed(MIXED_MODELS, _tag(MIXED_MODELS), where, size="real")
         parts += _instruments(seed, quick=quick)
     else:
         parts += _siblings(where, quick=quick) if tuple(models) == SIBLINGS else _language_models(models, where)
@@ -104,7 +107,8 @@ def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
         "certificate": {"rows": 8, "steps": 32},
         "sequences": {"exact_cases": ((3, 4), (0, 1)), "rows": 64, "coupled_rows": 8, "steps": 48},
         "cache_floor": {"rows": 4, "steps": 64},
-        "transform_order": {"rows": 8},
+        "transform_order": {"rows": 8, "sequence_rows": 64, "sequence_steps": 64},
+        "repairs": {"toys": 1, "rows": 96, "steps": 48, "first": 500, "repeats": 2, "repairs_from_q": ()},
         "generation": {"repeats": 1},
         "weights": {"text_bytes": 8000, "document_bytes": 500, "runs": 100, "solver_tokens": 100_000},
         "sensitivity": {
@@ -129,13 +133,17 @@ def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
 
 
 def _language_models(models: Sequence[str], where: dict[str, Any], *, long: dict[str, Any] | None = None) -> list[Part]:
-    tag = "+".join(name.replace("/", "_").replace(":", "_") for name in models)
     chosen: dict[str, dict[str, Any]] = {
         "per_step": {"prompts": 1, "draws": 2_000_000},
         "certificate": {"rows": 8, "steps": 48},
         "sequences": {"exact_cases": ((3, 3),), "rows": 64, "steps": 32, "coupled_rows": 4},
         "cache_floor": {"rows": 4, "steps": 48, "lags": (1, 4, 16)},
-        "transform_order": {"rows": 8, "steps": 32},
+        "transform_order": {"rows": 8, "steps": 32, "sequence_rows": 32, "sequence_steps": 100},
+        "repairs": {
+            "toys": 0, "rows": 16, "steps": 16, "first": 64, "permutations": 999, "second_level": 0.01,
+            "without_repairs": (), "repairs_from_q": (), "exact_cases": (("top-k 5", 1), ("greedy", 3)),
+            "chunks": (2, 4, 8), "batches": (1,), "timed_steps": 32,
+        },
         "generation": {"steps": 16},
         "weights": {"text_bytes": 3000, "document_bytes": 300, "runs": 0},
         "long": {
@@ -143,7 +151,43 @@ def _language_models(models: Sequence[str], where: dict[str, Any], *, long: dict
             "control": 32, **(long or {}),
         },
     }  # fmt: skip
-    return [_part(name, tag, tuple(models), where, **options) for name, options in chosen.items()]
+    if len(models) > 1:
+        chosen["mixed_vocabularies"] = {"rows": 2, "steps": 32}
+    return [_part(name, _tag(models), tuple(models), where, **options) for name, options in chosen.items()]
+
+
+def _tag(models: Sequence[str]) -> str:
+    return "+".join(name.replace("/", "_").replace(":", "_") for name in models)
+
+
+def _mixed(models: Sequence[str], tag: str, where: dict[str, Any], *, size: str) -> list[Part]:
+    """Parts on models of different vocabularies: what they write over byte strings, and every test of that."""
+    # Real models share 265,018 byte strings, so that laws are long and draws must be many.
+    sizes: dict[str, dict[str, dict[str, Any]]] = {
+        "real": {
+            "per_step": {"prompts": 1, "draws": 4_000_000},
+            "certificate": {"rows": 8, "steps": 32},
+            "sequences": {"exact_cases": ((3, 3),), "rows": 32, "steps": 32, "coupled_rows": 4},
+            "transform_order": {
+                "rows": 12, "steps": 24, "sequence_rows": 24, "sequence_steps": 24, "curves": False,
+            },
+            "mixed_vocabularies": {"rows": 2, "steps": 32},
+            "tokenizer_audit": {},
+        },
+        "siblings": {
+            "per_step": {}, "certificate": {}, "sequences": {}, "transform_order": {}, "mixed_vocabularies": {},
+            "tokenizer_audit": {"tokenizers": (), "files": (), "planted": True},
+        },
+        "quick": {
+            "per_step": {"prompts": 1, "draws": 200_000, "margin": 0.03},
+            "certificate": {"rows": 8, "steps": 32},
+            "sequences": {"exact_cases": ((3, 3),), "rows": 64, "coupled_rows": 8, "steps": 32},
+            "transform_order": {"rows": 8, "sequence_rows": 64, "sequence_steps": 64},
+            "mixed_vocabularies": {"rows": 1, "steps": 24},
+            "tokenizer_audit": {"tokenizers": (), "files": (), "planted": True, "rows": 4},
+        },
+    }  # fmt: skip
+    return [_part(name, tag, tuple(models), where, **options) for name, options in sizes[size].items()]
 
 
 def _instruments(seed: int, *, quick: bool) -> list[Part]:
@@ -230,7 +274,10 @@ ORDER = (
     "sequences",
     "cache_floor",
     "transform_order",
+    "repairs",
     "generation",
+    "mixed_vocabularies",
+    "tokenizer_audit",
     "weights",
     "sensitivity",
     "routers",

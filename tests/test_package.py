@@ -89,7 +89,7 @@ def test_scripts_have_docstrings(folder: str) -> None:
 
 # Documents
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/testing.md", "docs/mixing.md", "docs/long.md")
+DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/testing.md", "docs/mixing.md", "docs/long.md", "docs/orders.md")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

@@ -13,13 +13,16 @@ import pytest
 
 from me_stats import cli
 from me_stats import reproduce as job
-from me_stats.presets import SIBLINGS
-from me_stats.record import Record, Recorder
+from me_stats.presets import MIXED_SIBLINGS, SIBLINGS
+from me_stats.record import Record, Recorder, plain
 from tests import tiny
 
 EXPERIMENTS = list(tiny.OPTIONS)
-# After the toys: what runs on any models, what runs on the siblings alone, what tests our tests.
-ON_MODELS, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:7], EXPERIMENTS[7:13], EXPERIMENTS[13:]
+# After the toys: what runs on any models, on models of several vocabularies, on the siblings alone, on our tests.
+ON_MODELS, ON_SEVERAL, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:8], EXPERIMENTS[8:10], EXPERIMENTS[10:16], EXPERIMENTS[16:]
+# What runs on models of several vocabularies besides.
+ON_STRINGS = ["per_step", "certificate", "sequences", "transform_order", *ON_SEVERAL]
+PLANNED = [part.experiment for part in job.plan(quick=True)]
 
 
 def silent(fraction: float, note: str) -> None:
@@ -59,25 +62,29 @@ def main(*arguments: str) -> int:
 
 def test_quick_plan_needs_no_download() -> None:
     parts = job.plan(quick=True)
-    assert [part.experiment for part in parts] == list(job.ORDER) == EXPERIMENTS
-    names = ["toy_equivalence", *(f"{name}-siblings" for name in (*ON_MODELS, *ON_SIBLINGS)), *ON_TESTS]
-    assert [part.name for part in parts] == names
-    assert {part.config.models for part in parts if hasattr(part.config, "models")} == {SIBLINGS}
+    assert list(job.ORDER) == EXPERIMENTS
+    assert {part.experiment for part in parts} == set(EXPERIMENTS)
+    siblings = [f"{name}-siblings" for name in (*ON_MODELS, *ON_SIBLINGS)]
+    mixed = [f"{name}-siblings-mixed" for name in ON_STRINGS]
+    assert [part.name for part in parts] == ["toy_equivalence", *siblings, *mixed, *ON_TESTS]
+    assert {part.config.models for part in parts if hasattr(part.config, "models")} == {SIBLINGS, MIXED_SIBLINGS}
 
 
 def test_default_plan_adds_the_language_model() -> None:
     parts = job.plan()
-    added = [part for part in parts if part.tag == "smollm2-135m"]
+    added = [part for part in parts if part.tag.startswith("smollm2-135m")]
     assert [part.name for part in parts if part not in added] == [part.name for part in job.plan(quick=True)]
-    assert [part.experiment for part in added] == [*ON_MODELS, "weights", "long"]
-    assert {part.config.models for part in added} == {job.LANGUAGE_MODEL}
+    alone = [part for part in added if part.config.models == job.LANGUAGE_MODEL]
+    assert sorted(part.experiment for part in alone) == sorted([*ON_MODELS, "weights", "long"])
+    mixed = [part for part in added if part not in alone]
+    assert [part.experiment for part in mixed] == ON_STRINGS
+    assert {part.config.models for part in mixed} == {job.MIXED_MODELS}
 
 
 def test_quick_is_smaller_not_other() -> None:
     full = {part.name: part.config for part in job.plan()}
     for part in job.plan(quick=True):
-        if part.experiment != "transform_order":
-            assert part.config != full[part.name]
+        assert part.config != full[part.name]
         assert part.key != job.Part(part.experiment, part.tag, full[part.name]).key
         for size in ("prompts", "draws", "rows", "coupled_rows", "steps", "repeats"):
             small, large = (getattr(config, size, 0) for config in (part.config, full[part.name]))
@@ -97,7 +104,8 @@ def test_models_replace_the_default_sets() -> None:
     by_name = {part.experiment: part.config for part in parts}
     assert not hasattr(by_name["cache_floor"], "dtype")  # it measures every dtype
     named = [part.key for part in job.plan(models=list(SIBLINGS), quick=True)]
-    assert named == [part.key for part in job.plan(quick=True) if part.experiment not in ON_TESTS]
+    quick = [part for part in job.plan(quick=True) if part.tag != "siblings-mixed"]
+    assert named == [part.key for part in quick if part.experiment not in ON_TESTS]
 
 
 @pytest.mark.parametrize("options", [{}, {"quick": True}, {"models": ["a"]}, {"models": ["a", "b", "c"]}])
@@ -107,7 +115,7 @@ def test_parts_have_names_of_files_and_keys_of_their_own(options: dict[str, Any]
     for part in parts:
         assert "/" not in part.name
         assert ":" not in part.name
-        assert json.loads(json.dumps(dataclasses.asdict(part.config)))
+        assert json.loads(json.dumps(plain(part.config)))
 
 
 @pytest.mark.parametrize("change", [{"seed": 1}, {"dtype": "bfloat16"}, {"device": "cuda"}, {"models": ["other"]}])
@@ -184,16 +192,16 @@ def test_an_interrupted_run_keeps_what_is_finished_and_goes_on(
     monkeypatch.setattr(tiny.experiment("per_step"), "run", instant)
     runs.clear()
     assert main(*command) == 0
-    assert runs == EXPERIMENTS[1:]
+    assert runs == PLANNED[1:]
     assert (first.stat().st_mtime_ns, first.stat().st_ino, first.read_bytes()) == before
-    assert len(list(records.iterdir())) == len(EXPERIMENTS)
+    assert len(list(records.iterdir())) == len(PLANNED)
     assert (tmp_path / "index.html").exists()
 
     runs.clear()
     assert main(*command) == 0
     assert runs == []
     assert main(*command, "--seed", "1") == 0
-    assert runs == EXPERIMENTS
+    assert runs == PLANNED
     runs.clear()
     assert main(*command, "--seed", "1", "--fresh", "--only", "sequences-siblings", "toy_equivalence") == 0
     assert runs == ["toy_equivalence", "sequences"]
@@ -254,7 +262,7 @@ def test_rank_tells_the_story_in_order() -> None:
     assert sorted(names, key=lambda name: (job.rank(name), name))[:3] == [
         "toy_equivalence",
         "per_step-siblings",
-        "per_step-smollm2-135m",
+        "per_step-siblings-mixed",
     ]
     assert job.rank("something of somebody else") == len(job.ORDER)
 

@@ -14,6 +14,7 @@ from typing import Any
 from filelock import FileLock
 
 from me_stats import reproduce as job
+from me_stats.presets import SIBLINGS
 from me_stats.record import Record, config_key, plain
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -23,7 +24,16 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sequences": {"exact_cases": ((3, 3),), "rows": 64, "steps": 32, "coupled_rows": 4},
     "cache_floor": {"dtypes": ("float32", "bfloat16"), "lags": (1, 2, 4), "rows": 2, "steps": 12},
     "transform_order": {"rows": 4, "steps": 16},
+    "repairs": {
+        "toys": 1, "exact_cases": (("top-k 5", 1), ("greedy", 3)), "rows": 24, "steps": 24, "first": 100,
+        "second_level": 0.01, "permutations": 999, "without_repairs": ("top-k 5", "top-k 10"), "repairs_from_q": (),
+        "chunks": (1, 4), "batches": (1, 4), "timed_steps": 24, "repeats": 1,
+    },
     "generation": {"batches": (1, 64), "steps": 24, "repeats": 1},
+    "mixed_vocabularies": {"rows": 1, "steps": 16, "bytes": 12},
+    "tokenizer_audit": {
+        "models": SIBLINGS, "tokenizers": (), "files": (), "planted": True, "rows": 4, "steps": 12,
+    },
     "weights": {
         "text_bytes": 3000, "document_bytes": 300, "runs": 60, "run_tokens": 1000, "solver_tokens": 20_000,
     },
@@ -77,6 +87,10 @@ APART = {
     "generate_judged": "test_generate_judged.py",
     "power": "test_power.py",
     "power_one_step": "test_power.py",
+    "transform_order": "test_transform_order.py",
+    "repairs": "test_repairs_experiment.py",
+    "mixed_vocabularies": "test_mixed_vocabularies.py",
+    "tokenizer_audit": "test_tokenizer_audit_experiment.py",
     "weights": "test_weights_experiment.py",
     "sensitivity": "test_sensitivity_experiment.py",
     "routers": "test_routers.py",
