@@ -23,7 +23,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "certificate": {"rows": 4, "steps": 12, "component_draws": 400_000},
     "sequences": {"exact_cases": ((3, 3),), "rows": 64, "steps": 32, "coupled_rows": 4},
     "cache_floor": {"dtypes": ("float32", "bfloat16"), "lags": (1, 2, 4), "rows": 2, "steps": 12},
-    "transform_order": {"rows": 4, "steps": 16},
+    "transform_order": {"rows": 4, "steps": 16, "sequence_rows": 24, "sequence_steps": 16},
     "repairs": {
         "toys": 1, "exact_cases": (("top-k 5", 1), ("greedy", 3)), "rows": 24, "steps": 24, "first": 100,
         "second_level": 0.01, "permutations": 999, "without_repairs": ("top-k 5", "top-k 10"), "repairs_from_q": (),

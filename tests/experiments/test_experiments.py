@@ -74,8 +74,8 @@ def test_findings_say_how_far_to_trust_them(name: str) -> None:
             assert finding.bound == "exact"
             assert finding.models == "toys"  # nothing else can be settled for good
     without = (
-        "transform_order",
         "generation",
+        "tokenizer_audit",
         "sensitivity",
         "generate_judged",
         "calibration",
@@ -103,7 +103,6 @@ def test_progress_goes_forward(name: str, monkeypatch: pytest.MonkeyPatch) -> No
         "per_step": {"draws": 200},
         "sequences": {"exact_cases": ((2, 2),), "rows": 4, "steps": 8},
         "cache_floor": {"dtypes": ("float32",), "steps": 4},
-        "transform_order": {"steps": 4},
         "generation": {"batches": (1, 16), "steps": 4},
         "toy_equivalence": {"shapes": ((2, 2, 2),)},
     }
@@ -309,8 +308,6 @@ CAUGHT: dict[tuple[str, Plant], tuple[tuple[str, ...], tuple[str, ...]]] = {
     ("sequences", toothless_control): (("one component per sequence ",), ("C2: ",)),
     ("cache_floor", stale_cache): (("C4: lazy laws against a fresh prefill, float32",), ()),
     ("cache_floor", lost_span): (("C4: lazy laws against a fresh prefill, float32",), ()),
-    ("transform_order", stale_cache): (("transform-then-mix through sessions",), ("greedy: the orders differ",)),
-    ("transform_order", toothless_transform): (("top-k 5: ", "top-k 10: ", "top-k 50: "), ("greedy: ", "top-p")),
     ("generation", uniform_components): (("component frequencies",), ("ME reads", "CE reads")),
     ("generation", spendthrift): (("ME reads one law", "at batch 1 ME runs 1"), ("CE reads", "component frequencies")),
 }  # fmt: skip
