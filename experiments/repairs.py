@@ -248,7 +248,13 @@ def _generate(setting: Setting, name: str, config: Config) -> dict[str, Any]:
     )  # fmt: skip
     return row | {
         "martingales": {
-            key: {"pvalue": outcome.pvalue, "worst": outcome.worst.name, "impossible": outcome.impossible}
+            key: {
+                "pvalue": outcome.pvalue,
+                "worst": outcome.worst.name,
+                "impossible": outcome.impossible,
+                "detects": outcome.results[0].min_detectable,
+                "unit": outcome.results[0].effect,
+            }
             for key, outcome in judged.items()
         },
         "first": _first_tokens(setting, target, draft, config),
@@ -323,6 +329,7 @@ def _judge(
     )
     passed = smallest > 1 and not any(row["two_sample"]["rejected"] for row in tested.values())
     alone = max(row["martingales"]["ME"]["pvalue"] for row in tested.values())
+    right = max((row["martingales"]["right"] for row in tested.values()), key=lambda found: found["detects"])
     recorder.find(
         claim="C9",
         statement="mix-then-transform by ME drafts and speculative repairs, generations with every conditional known",
@@ -334,7 +341,8 @@ def _judge(
         verdict="reproduced at small scale" if passed else "refuted as stated",
         held=passed,
         caveat=f"{', '.join(tested)}; level {config.level:.0e} each, two samples against CE {config.second_level:.0e}; "
-        f"their drafts without repairs have p ≤ {alone:.0e}; first tokens: TV at most "
+        f"their drafts without repairs have p ≤ {alone:.0e}; the score of acceptance sees an effect of "
+        f"{right['detects']:.3g} ({right['unit']}) with power 0.8; first tokens: TV at most "
         f"{max(row['first']['tv_upper'] for row in tested.values()):.2f} (95%)",
     )
     for name, row in tested.items():

@@ -89,10 +89,13 @@ def _caption(record: Record, pairs: list[dict[str, Any]], mass: list[dict[str, A
         sentences.append(
             f"{row['share']:.1%} of the ids of {row['model']} do not return; they carry {row['mean']:.2%}."
         )
-    for row in record.results.get("contexts", ()):
+    written = record.results.get("contexts", ())
+    if written:
+        runs, canonical = (sum(row[key] for row in written) for key in ("runs", "canonical"))
+        tokens = sum(row["tokens"] * row["runs"] for row in written) / runs
         sentences.append(
-            f"{row['runs'] - row['canonical']} of {row['runs']} contexts of {row['model']} written so, of "
-            f"{row['tokens']:.0f} tokens on average, are not the tokenisation of their text."
+            f"{runs - canonical} of {runs} contexts written so, of {tokens:.0f} tokens on average, are not the "
+            "tokenisation of their text."
         )
     refused = len(record.results["refused"])
     if refused:
