@@ -216,7 +216,7 @@ def test_the_figure_is_drawn_from_the_record(tmp_path: Path) -> None:
     assert [path.name for path in figure.paths] == ["tokenizer_audit.pdf", "tokenizer_audit.png"]
     assert read_data(figure.image) == {"caption": figure.caption, "key": loaded.key}
     assert "Two vocabularies share" in figure.caption
-    assert "0 of 4 contexts of bundled:code" in figure.caption
+    assert "0 of 8 contexts written so" in figure.caption
     assert 100 < len(figure.caption) < 900
     again = script.draw(loaded, tmp_path / "two")
     assert [path.read_bytes() for path in again.paths] == [path.read_bytes() for path in figure.paths]
