@@ -152,7 +152,7 @@ def _language_models(models: Sequence[str], where: dict[str, Any], *, long: dict
         },
     }  # fmt: skip
     if len(models) > 1:
-        chosen["mixed_vocabularies"] = {"rows": 2, "steps": 32}
+        chosen["mixed_vocabularies"] = {"rows": 2, "steps": 32, "tested": 3, "tested_steps": 24}
     return [_part(name, _tag(models), tuple(models), where, **options) for name, options in chosen.items()]
 
 
@@ -171,7 +171,7 @@ def _mixed(models: Sequence[str], tag: str, where: dict[str, Any], *, size: str)
             "transform_order": {
                 "rows": 12, "steps": 24, "sequence_rows": 16, "sequence_steps": 24, "curves": False,
             },
-            "mixed_vocabularies": {"rows": 2, "steps": 32},
+            "mixed_vocabularies": {"rows": 2, "steps": 32, "tested": 3, "tested_steps": 24},
             "tokenizer_audit": {},
         },
         "siblings": {
@@ -183,7 +183,7 @@ def _mixed(models: Sequence[str], tag: str, where: dict[str, Any], *, size: str)
             "certificate": {"rows": 8, "steps": 32},
             "sequences": {"exact_cases": ((3, 3),), "rows": 64, "coupled_rows": 8, "steps": 32},
             "transform_order": {"rows": 8, "steps": 24, "sequence_rows": 64, "sequence_steps": 48},
-            "mixed_vocabularies": {"rows": 1, "steps": 24},
+            "mixed_vocabularies": {"rows": 1, "steps": 24, "tested": 16, "tested_steps": 24},
             "tokenizer_audit": {"tokenizers": (), "files": (), "planted": True, "rows": 4},
         },
     }  # fmt: skip

@@ -30,7 +30,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "chunks": (1, 4), "batches": (1, 4), "timed_steps": 24, "repeats": 1,
     },
     "generation": {"batches": (1, 64), "steps": 24, "repeats": 1},
-    "mixed_vocabularies": {"rows": 1, "steps": 16, "bytes": 12},
+    "mixed_vocabularies": {"rows": 1, "steps": 16, "tested": 8, "tested_steps": 16, "bytes": 12},
     "tokenizer_audit": {
         "models": SIBLINGS, "tokenizers": (), "files": (), "planted": True, "rows": 4, "steps": 12,
     },

@@ -9,13 +9,17 @@ import pytest
 import torch
 
 from me_stats import reproduce as job
+from me_stats.mixing import ConstantMixing
+from me_stats.models import Ensemble
 from me_stats.models.aligned import AlignedSession
 from me_stats.presets import SIBLINGS
 from me_stats.record import Record
+from me_stats.samplers import MESampler
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
 
 experiment: Any = job.load("experiments", "mixed_vocabularies")
-CONFIG = experiment.Config(rows=1, steps=16)
+TESTED = experiment.Config(rows=1, steps=16, tested=8, tested_steps=16)
+CONFIG = experiment.Config(rows=1, steps=16, tested=0)
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +30,7 @@ def failed(record: Record) -> list[str]:
 
 @pytest.fixture(scope="module")
 def record() -> Record:
-    found: Record = experiment.run(CONFIG)
+    found: Record = experiment.run(TESTED)
     return found
 
 
@@ -41,8 +45,8 @@ def test_all_checks_hold_and_the_numbers_are_of_this_run(record: Record) -> None
     assert results["mixture_floor"]["max"] <= max(row["floor"]["max"] for row in results["components"])
     text = "".join(piece for piece, _ in results["text"]["sample"]["pieces"])
     assert results["text"]["samples"][0]["text"].startswith(text[:4])
-    [finding] = record.findings
-    assert (finding.claim, finding.held) == ("C8", True)
+    assert [(finding.claim, finding.held) for finding in record.findings] == [("C8", True)] * 4
+    assert results["tests"]["ME"]["sequences"] == 8 * len(experiment.PROMPTS)
 
 
 def test_a_session_that_never_takes_tokens_back_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +61,17 @@ def test_a_session_that_never_takes_tokens_back_is_seen(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(AlignedSession, "_catch_up", stubborn)
     assert any("words: sessions give the law of a fresh reading" in name for name in failed(experiment.run(CONFIG)))
+
+
+def test_a_sampler_with_another_weight_is_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(ensemble: Ensemble) -> MESampler:
+        return MESampler(Ensemble(ensemble.components, ConstantMixing([0.1, 0.9])))
+
+    monkeypatch.setattr(experiment, "MESampler", other)
+    names = failed(experiment.run(TESTED))
+    assert any("ME over byte strings: every test" in name for name in names)
+    assert any("ME against CE over byte strings" in name for name in names)
+    assert not any("CE over byte strings: every test" in name and "ME" not in name for name in names)
 
 
 def test_a_lossy_decoder_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -82,7 +97,7 @@ def test_a_narrow_beam_costs_less_and_says_what_it_left_out(record: Record) -> N
 
 
 def test_models_of_one_vocabulary_are_mixed_over_byte_strings_too() -> None:
-    found = experiment.run(experiment.Config(models=SIBLINGS, rows=1, steps=4))
+    found = experiment.run(experiment.Config(models=SIBLINGS, rows=1, steps=4, tested=0))
     assert failed(found) == []
     assert not any("split anew" in name for name in found.checks)
     with pytest.raises(ValueError, match="name at least two"):
