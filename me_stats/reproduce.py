@@ -175,7 +175,8 @@ def _mixed(models: Sequence[str], tag: str, where: dict[str, Any], *, size: str)
             "tokenizer_audit": {},
         },
         "siblings": {
-            "per_step": {}, "certificate": {}, "sequences": {}, "transform_order": {}, "mixed_vocabularies": {},
+            "per_step": {}, "certificate": {}, "sequences": {"exact_cases": ((3, 5), (8, 3))}, "transform_order": {},
+            "mixed_vocabularies": {},
             "tokenizer_audit": {"tokenizers": (), "files": (), "planted": True},
         },
         "quick": {

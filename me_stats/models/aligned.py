@@ -23,14 +23,16 @@ from me_stats.models.base import (
     LanguageModel,
     Prefix,
     checked_laws,
-    path_log_probs,
     require_language_model,
 )
 from me_stats.models.ensemble import log_add
-from me_stats.models.moving import MovingRows
+from me_stats.models.moving import MovingRows, feed
+from me_stats.models.shared import open_lookback
 from me_stats.models.subtokens import FirstSubtoken
 from me_stats.models.warped import Warp, Warped
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
+
+_TOGETHER = 1 << 26  # probabilities of paths that are read side by side
 
 
 class Aligned(LanguageModel):
@@ -158,26 +160,52 @@ class Aligned(LanguageModel):
         return AlignedSession(self, prompts)
 
     def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:
-        for prompt, path in zip(prompts, tokens, strict=True):
-            yield self.push(self._own_path(prompt, path))
+        group: list[tuple[Prefix, Prefix]] = []
+        waiting = 0
+        for number, pair in enumerate(zip(prompts, tokens, strict=True), start=1):
+            group.append(pair)
+            waiting += len(pair[1]) * self.model.vocabulary.size
+            if waiting >= _TOGETHER or number == len(tokens):
+                for laws in self._own_paths(group):
+                    yield self.push(laws)
+                group, waiting = [], 0
 
-    def _own_path(self, prompt: Prefix, path: Prefix) -> Tensor:
-        """The model's own laws (T, V_own) along a path, one teacher-forced row per stretch without re-reading."""
-        history, reads = self.shared.bytes_of(prompt), []
-        for step in range(len(path)):
+    def _own_paths(self, group: Sequence[tuple[Prefix, Prefix]]) -> list[Tensor]:
+        """The model's own laws (T, V_own) along each path of a group of (prompt, path).
+
+        A path falls into stretches, in which each reading continues the one before. Rows go from stretch to stretch
+        together, on one session: what a new reading shares with the last one is not fed again.
+        """
+        reads = [self._readings(prompt, path) for prompt, path in group]
+        spans = [_stretches(row) if path else [] for row, (_, path) in zip(reads, group, strict=True)]
+        session = open_lookback(self.model, [row[0] for row in reads])
+        current = [row[0] for row in reads]
+        parts: list[list[Tensor]] = [[] for _ in group]
+        for number in range(max(map(len, spans), default=0)):
+            rows = np.array([row for row, own in enumerate(spans) if len(own) > number])
+            ends = [reads[row][spans[row][number][1] - 1] for row in rows.tolist()]
+            kept = [_common(current[row], end) for row, end in zip(rows.tolist(), ends, strict=True)]
+            surplus = np.array([len(current[row]) for row in rows.tolist()]) - kept
+            if surplus.any():
+                session.drop(rows[surplus > 0], surplus[surplus > 0])
+            feed(session, rows, [end[own:] for end, own in zip(ends, kept, strict=True)])
+            begins = [len(reads[row][spans[row][number][0]]) for row in rows.tolist()]
+            counts = np.array([len(end) for end in ends]) - begins
+            laws = session.log_probs_along(rows, counts).split((counts + 1).tolist())
+            for row, end, begin, own in zip(rows.tolist(), ends, begins, laws, strict=True):
+                current[row] = end
+                parts[row].append(own[[len(read) - begin for read in reads[row][slice(*spans[row][number])]]])
+        size = self.model.vocabulary.size
+        return [torch.cat(part) if part else torch.empty(0, size) for part in parts]
+
+    def _readings(self, prompt: Prefix, path: Prefix) -> list[tuple[int, ...]]:
+        """T(h) before each token of a path, and before none of an empty one."""
+        history = self.shared.bytes_of(prompt)
+        reads = [self.read(history)]
+        for token in path[:-1]:
+            history += self.written(token)
             reads.append(self.read(history))
-            if step + 1 < len(path):
-                history += self.written(path[step])
-        cuts = [step for step in range(1, len(reads)) if reads[step][: len(reads[step - 1])] != reads[step - 1]]
-        spans = list(zip([0, *cuts], [*cuts, len(reads)], strict=True)) if reads else []
-        heads = [reads[begin] for begin, _ in spans]
-        # The law after the last token of a row is that of one token more, whichever it is.
-        tails = [(*reads[end - 1][len(reads[begin]) :], 0) for begin, end in spans]
-        parts = [
-            laws[[len(reads[step]) - len(reads[begin]) for step in range(begin, end)]]
-            for (begin, end), laws in zip(spans, path_log_probs(self.model, heads, tails), strict=True)
-        ]
-        return torch.cat(parts) if parts else self._own_laws([prompt])[:0]
+        return reads
 
     def _own_laws(self, prefixes: Sequence[Prefix]) -> Tensor:
         reads = [self.read(self.shared.bytes_of(prefix)) for prefix in prefixes]
@@ -248,7 +276,11 @@ class AlignedSession:
         # The last token of a prompt is the one that new bytes change, and the others can be shared by its rows.
         heads = [read[:-1] if len(read) > 1 else read for read in self._read]
         self._rows = MovingRows(aligned.model, heads)
-        self._feed(np.arange(len(prompts)), [read[len(head) :] for read, head in zip(self._read, heads, strict=True)])
+        feed(
+            self._rows,
+            np.arange(len(prompts)),
+            [read[len(head) :] for read, head in zip(self._read, heads, strict=True)],
+        )
 
     @property
     def cost(self) -> Cost:
@@ -278,16 +310,16 @@ class AlignedSession:
                 moved[places] = True
         self._rows.move(rows[moved], [reads[place] for place in np.flatnonzero(moved)])
         stay = np.flatnonzero(~moved)
-        self._feed(rows[stay], [reads[place][kept[place] :] for place in stay.tolist()])
+        feed(self._rows, rows[stay], [reads[place][kept[place] :] for place in stay.tolist()])
         for row, read in zip(rows.tolist(), reads, strict=True):
             self._read[row] = read
         self._stale[rows] = False
 
-    def _feed(self, rows: np.ndarray, tails: Sequence[Prefix]) -> None:
-        for step in range(max(map(len, tails), default=0)):
-            longer = np.array([place for place, tail in enumerate(tails) if len(tail) > step])
-            tokens = torch.tensor([tails[place][step] for place in longer.tolist()], dtype=torch.int64)
-            self._rows.append(rows[longer], tokens)
+
+def _stretches(reads: Sequence[Prefix]) -> list[tuple[int, int]]:
+    """Begin and end of the longest runs in which each reading continues the one before."""
+    cuts = [step for step in range(1, len(reads)) if reads[step][: len(reads[step - 1])] != reads[step - 1]]
+    return list(zip([0, *cuts], [*cuts, len(reads)], strict=True))
 
 
 def _common(one: Prefix, other: Prefix) -> int:

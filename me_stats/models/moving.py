@@ -66,3 +66,10 @@ class MovingRows:
         self.sessions[self._opened] = open_session(self._model, prompts, max_new_tokens=max_new_tokens)
         self._members[self._opened] = len(rows)
         self._opened += 1
+
+
+def feed(session: Any, rows: np.ndarray, tails: Sequence[Prefix]) -> None:
+    """Append the `tails`, tokens of different lengths, to their `rows` (B,) of a session."""
+    for step in range(max(map(len, tails), default=0)):
+        longer = np.array([place for place, tail in enumerate(tails) if len(tail) > step])
+        session.append(rows[longer], torch.tensor([tails[place][step] for place in longer.tolist()]))

@@ -17,6 +17,7 @@ from me_stats.models import Conditioned, Endless, Ensemble, TableModel, TopK, Tr
 from me_stats.models.aligned import Aligned, AlignedSession, PushForward
 from me_stats.models.base import PrefixSession
 from me_stats.models.catalog import pulled
+from me_stats.models.moving import feed
 from me_stats.samplers import CESampler, MESampler
 from me_stats.testing import ModelRejected, check_language_model, check_session
 from me_stats.tokenizer_bytes import read_tokenizer
@@ -183,7 +184,7 @@ def reads_alone(patch: pytest.MonkeyPatch) -> None:
         for row in rows.tolist():
             known = self._aligned.token_bytes.bytes_of(self._read[row])
             tail = self._aligned.read(self._history[row][len(known) :])
-            self._feed(np.array([row]), [tail])
+            feed(self._rows, np.array([row]), [tail])
             self._read[row] = (*self._read[row], *tail)
         self._stale[rows] = False
 

@@ -16,6 +16,7 @@ from me_stats.divergence import tv_distance
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Ensemble, TopK
 from me_stats.models.aligned import Aligned, AlignedSession
+from me_stats.models.moving import feed
 from me_stats.presets import MIXED_SIBLINGS, Setting, open_setting
 from me_stats.samplers import CESampler, MESampler
 from me_stats.testing import check_language_model, check_session
@@ -164,7 +165,7 @@ def reads_alone(self: Any, rows: np.ndarray) -> None:
     for row in rows.tolist():
         known = self._aligned.token_bytes.bytes_of(self._read[row])
         tail = self._aligned.read(self._history[row][len(known) :])
-        self._feed(np.array([row]), [tail])
+        feed(self._rows, np.array([row]), [tail])
         self._read[row] = (*self._read[row], *tail)
     self._stale[rows] = False
 
