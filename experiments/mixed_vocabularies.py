@@ -8,6 +8,7 @@ compared with the law of a fresh reading, on prompts with accents, emoji, other 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ PROMPTS = (
     "e\u0301 is not \u00e9;\ttabs\t\tand  two  spaces\r\n\r\nNext line:",
     "x = {'a': 1,\n     'b': [2, 3]}\nprint(",
 )
+
+_LEAST_PAIRS = 200  # sequences a side below which two samples show nothing
 
 
 @dataclass(frozen=True)
@@ -237,8 +240,9 @@ def _check(ensemble: Ensemble, config: Config, progress: Callable[[float, str], 
         "ME": (me, ensemble, config.level),
         "CE": (ce, ensemble, config.level),
         "one component per sequence": (SequenceMixtureSampler(ensemble), ensemble, config.level),
-        "ME against CE": (me, ce, config.second_level),
     }
+    if config.tested * len(PROMPTS) >= _LEAST_PAIRS:
+        cases["ME against CE"] = (me, ce, config.second_level)
     found = {}
     for done, (name, (sampler, against, level)) in enumerate(cases.items()):
         progress(0.92 + 0.02 * done, f"testing {name}")
@@ -246,9 +250,12 @@ def _check(ensemble: Ensemble, config: Config, progress: Callable[[float, str], 
             sampler, against, PROMPTS, max_new_tokens=config.tested_steps, n=config.tested, level=level,
             seed=config.seed, stop_early=False, on_fail="return",
         )  # fmt: skip
+        # With all laws known the λ-score of whole rows says what can be seen; of two samples only the first tokens do.
+        seen = [one for one in result.outcomes if one.effect != "TV" and math.isfinite(one.detects)]
         found[name] = {
             "pvalue": result.pvalue, "level": result.level, "sequences": result.sequences, "tokens": result.tokens,
-            "detects": result.min_detectable_tv, "tests": len(result.outcomes),
+            "detects": seen[0].detects if seen else result.min_detectable_tv,
+            "effect": seen[0].effect if seen else "TV of one step", "tests": len(result.outcomes),
         }  # fmt: skip
     return found
 
@@ -269,7 +276,7 @@ def _judge_tests(recorder: Recorder, label: str, config: Config, tested: dict[st
                 verdict="reproduced at small scale" if held else "refuted as stated",
                 held=held,
                 caveat=f"{row['tests']} tests at level {row['level']:g} together; they see an effect of "
-                f"{row['detects']:.2g} (TV of one step) with power 0.8",
+                f"{row['detects']:.2g} ({row['effect']}) with power 0.8",
             )
     control = tested.get("one component per sequence")
     if control is not None:
