@@ -34,6 +34,7 @@ from me_stats.samplers import FixedMaskSampler, Sampler, SpeculativeSampler
 from me_stats.sensitivity.estimate import Estimate
 from me_stats.sequence_divergence import sequence_tv
 from me_stats.steps import StepScores, concatenate_rows, step_scores
+from me_stats.tails import detectable_shift
 from me_stats.testing._faulty_repairs import (
     AcceptsAll,
     JudgesByTheOther,
@@ -252,8 +253,7 @@ def _generate(setting: Setting, name: str, config: Config) -> dict[str, Any]:
                 "pvalue": outcome.pvalue,
                 "worst": outcome.worst.name,
                 "impossible": outcome.impossible,
-                "detects": outcome.results[0].min_detectable,
-                "unit": outcome.results[0].effect,
+                "detects": _visible_shift(read[key], config.level / max(1, outcome.tests)),
             }
             for key, outcome in judged.items()
         },
@@ -284,6 +284,11 @@ def _read(target: Any, draft: Any, trace: Trace) -> tuple[StepScores, list[float
         parts.append(dataclasses.replace(base, score=score[:, None], information=variance[:, None, None]))
         ratios.append(float((q - p).gather(-1, ids[:, None]).sum()))
     return concatenate_rows(parts), ratios
+
+
+def _visible_shift(steps: StepScores, level: float) -> float:
+    """Change of the accepted share that a test of its score at `level` finds with power 0.8; see `_read`."""
+    return detectable_shift(level) * math.sqrt(float(steps.information.sum())) / int(steps.mask.sum())
 
 
 def _first_tokens(setting: Setting, target: Any, draft: Any, config: Config) -> dict[str, Any]:
@@ -342,7 +347,7 @@ def _judge(
         held=passed,
         caveat=f"{', '.join(tested)}; level {config.level:.0e} each, two samples against CE {config.second_level:.0e}; "
         f"their drafts without repairs have p ≤ {alone:.0e}; the score of acceptance sees an effect of "
-        f"{right['detects']:.3g} ({right['unit']}) with power 0.8; first tokens: TV at most "
+        f"{right['detects']:.2g} (share of drafts accepted) with power 0.8; first tokens: TV at most "
         f"{max(row['first']['tv_upper'] for row in tested.values()):.2f} (95%)",
     )
     for name, row in tested.items():

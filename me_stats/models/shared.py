@@ -7,7 +7,7 @@ A draft and its target usually read the same components, transformed in another 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -122,6 +122,40 @@ class Reading:
         return Reading([self.prefixes[place] for place in places], lambda leaf: _take(self.read(leaf), places))
 
 
+@dataclass(frozen=True)
+class KeptReading(Reading):
+    """A `Reading` that keeps every law it computed: for prefixes whose laws are asked for part by part."""
+
+    known: dict[int, tuple[Any, Tensor]] = field(default_factory=dict, repr=False)
+
+    def law(self, model: Any) -> Tensor:
+        # The model is kept with its law, so that its id stays its own.
+        if id(model) not in self.known:
+            self.known[id(model)] = (model, super().law(model))
+        return self.known[id(model)][1]
+
+    def at(self, places: np.ndarray) -> Reading:
+        return _Part([self.prefixes[place] for place in places], self.read, whole=self, places=places)
+
+
+@dataclass(frozen=True)
+class _Part(Reading):
+    """Some of the prefixes of a `KeptReading`, by their laws in the whole."""
+
+    whole: Reading | None = None
+    places: np.ndarray | None = None
+
+    def law(self, model: Any) -> Tensor:
+        assert self.whole is not None
+        assert self.places is not None
+        return _take(self.whole.law(model), self.places)
+
+    def at(self, places: np.ndarray) -> Reading:
+        assert self.whole is not None
+        assert self.places is not None
+        return self.whole.at(self.places[places])
+
+
 def readings_along(models: Sequence[Any], prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Reading]:
     """Per row the `Reading` before each of its tokens: one pass of each network serves all laws above them.
 
@@ -200,7 +234,7 @@ class SharedSession:
             for row, count in zip(rows.tolist(), counts.tolist(), strict=True)
             for back in range(count, -1, -1)
         ]
-        return Reading(prefixes, self._reader(len(prefixes), lambda session: session.log_probs_along(rows, counts)))
+        return KeptReading(prefixes, self._reader(len(prefixes), lambda session: session.log_probs_along(rows, counts)))
 
     def _reader(self, count: int, ask: Callable[[Lookback], Tensor]) -> Callable[[Any], Tensor]:
         known: dict[int, Tensor] = {}
