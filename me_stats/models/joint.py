@@ -188,19 +188,17 @@ class PublishedCE(JointTransform):
     without ``"joint"`` the CE of several. Each cause alone prices itself.
 
     ====================  ============================================================================================
-    cause                 what it does, and the TV a step measured for it: SmolLM2-135M under two prompts / SmolLM2
-                          with Gemma 3 270M
+    cause                 what it does, and its TV a step alone: SmolLM2-135M under two prompts / SmolLM2 with Gemma 3
+                          270M over byte strings (``experiments/results/transform_order-*.json``)
     ====================  ============================================================================================
-    ``"temperature"``     tempers the mixture, not the components; at 0.7: .018 / .101
-    ``"union"``           keeps the union of the components' top-k sets; a component alone keeps its own
+    ``"temperature"``     tempers the mixture, not the components; at 0.7: .022 / .047
+    ``"union"``           keeps the union of the components' top-k sets, a component alone its own; k = 10: .017 / .017
     ``"first_subtoken"``  scores a string of the union that a component has no id for by its first subtoken; changes
-                          something with ``"union"`` and components that are `Aligned` only: – / .012, and .032 with ids
-                          matched by name (`converted_names`)
-    ``"joint"``           renormalises the kept mass once: weights become λ_i P_i(A_i) / Σ_j λ_j P_j(A_j): .006, up to
-                          .086
-    ``"top_k_again"``     takes the top k of the mixture; with the union, k = 10: .023 / .124, k = 5: .036 / .148
-    ``"top_p"``           cuts the nucleus of the mixture; p = .9: .011 / .023
-    ``"greedy"``          arg max of the mixture; ME's is an arg max of a random component: .117 / .420
+                          something with ``"union"`` and components that are `Aligned` only: from .017 to .026
+    ``"joint"``           renormalises the kept mass once: weights become λ_i P_i(A_i) / Σ_j λ_j P_j(A_j); k = 10: .010
+    ``"top_k_again"``     takes the top k of the mixture; k = 10: .023 / .040, k = 5: .036 / .063
+    ``"top_p"``           cuts the nucleus of the mixture; p = .9: .014 / .017
+    ``"greedy"``          arg max of the mixture; ME's is an arg max of a random component: .168 / .228
     ====================  ============================================================================================
 
     Parameters
