@@ -110,12 +110,14 @@ def sweep(
 def score_text(ensemble: Ensemble, text: str) -> NDArray[Any]:
     """(n, K) component log-probabilities of a text's tokens in nats, in windows of 256 of which the first is context.
 
-    Raises ValueError for a text of fewer than three tokens.
+    Raises ValueError for a text of fewer than three tokens, and for components of different vocabularies.
     """
     import numpy as np
 
     from me_stats.trace import score
+    from me_stats.vocabulary_map import require_one_spelling
 
+    require_one_spelling(ensemble.vocabulary)
     ids = ensemble.vocabulary.encode(text)
     windows = [ids[start : start + _WINDOW] for start in range(0, len(ids), _WINDOW)]
     windows = [window for window in windows if len(window) > 1]

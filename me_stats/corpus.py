@@ -22,6 +22,7 @@ from me_stats.models.base import path_log_probs, require_language_model
 from me_stats.models.conditioned import Conditioned
 from me_stats.models.windowed import context_length
 from me_stats.vocabulary import Prompt, Vocabulary
+from me_stats.vocabulary_map import require_one_spelling
 
 __all__ = ["CorpusScores", "Document", "read_documents", "score_corpus", "token_bytes"]
 
@@ -158,7 +159,8 @@ def score_corpus(
     Raises
     ------
     ValueError
-        Different vocabularies, no or empty documents, a window that does not fit, an `out` of another call.
+        Different vocabularies, also where they are mixed over byte strings; no or empty documents, a window that does
+        not fit, an `out` of another call.
 
     Examples
     --------
@@ -168,6 +170,7 @@ def score_corpus(
     array([[-2.30258509, -0.22314355]])
     """
     vocabulary = _one_vocabulary(models)
+    require_one_spelling(vocabulary)
     before, context_only = _start(models, vocabulary, prompt)
     limits = [limit for limit in map(context_length, models) if limit is not None]
     window = min([*limits, batch_tokens]) if window is None else window

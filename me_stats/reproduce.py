@@ -96,8 +96,13 @@ def plan(
             parts += _language_models(LANGUAGE_MODEL, where, long=long)
             parts += _mixed(MIXED_MODELS, _tag(MIXED_MODELS), where, size="real")
         parts += _instruments(seed, quick=quick)
+    elif tuple(models) == SIBLINGS:
+        parts += _siblings(where, quick=quick)
+    elif _several_vocabularies(models):
+        size = "siblings" if tuple(models) == MIXED_SIBLINGS else "real"
+        parts += _mixed(models, _tag(models), where, size="quick" if quick else size)
     else:
-        parts += _siblings(where, quick=quick) if tuple(models) == SIBLINGS else _language_models(models, where)
+        parts += _language_models(models, where)
     return parts
 
 
@@ -154,6 +159,20 @@ def _language_models(models: Sequence[str], where: dict[str, Any], *, long: dict
     if len(models) > 1:
         chosen["mixed_vocabularies"] = {"rows": 2, "steps": 32, "tested": 3, "tested_steps": 24}
     return [_part(name, _tag(models), tuple(models), where, **options) for name, options in chosen.items()]
+
+
+def _several_vocabularies(models: Sequence[str]) -> bool:
+    """Whether models that lie on this machine differ in their vocabularies; no network is asked for others."""
+    from me_stats.models import catalog
+    from me_stats.tokenizer_sources import RefusedTokenizer, open_tokenizer
+
+    here = [name for name in models if (catalog.pulled(name) if name in catalog.CATALOG else Path(name).is_dir())]
+    if len(here) < 2:
+        return False
+    try:
+        return len({open_tokenizer(name).table.fingerprint for name in here}) > 1
+    except (RefusedTokenizer, ValueError, OSError):
+        return False  # the parts will say what is wrong
 
 
 def _tag(models: Sequence[str]) -> str:

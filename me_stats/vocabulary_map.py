@@ -344,3 +344,16 @@ def _digest(parts: Iterable[bytes | None]) -> str:
         # The length in front keeps (b"a", b"b") and (b"ab",) apart.
         digest.update(b"-" if part is None else b"%d:%b" % (len(part), part))
     return digest.hexdigest()[:16]
+
+
+def require_one_spelling(vocabulary: Vocabulary) -> None:
+    """ValueError for a vocabulary of byte strings: a given text has many spellings in them, and no one probability.
+
+    What was *written* string by string has a spelling of its own and can be scored.
+    """
+    if isinstance(vocabulary.tokenizer, ByteStrings):
+        raise ValueError(
+            "models of different vocabularies are mixed over byte strings, in which a given text has many spellings: "
+            "it cannot be scored token by token. Give models over one vocabulary, or mix their laws of single bytes "
+            "(me_stats.models.NextByte)"
+        )

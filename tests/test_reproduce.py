@@ -108,6 +108,12 @@ def test_models_replace_the_default_sets() -> None:
     assert named == [part.key for part in quick if part.experiment not in ON_TESTS]
 
 
+def test_models_of_several_vocabularies_have_parts_of_their_own() -> None:
+    parts = job.plan(models=list(MIXED_SIBLINGS))
+    assert [part.experiment for part in parts] == ["toy_equivalence", *ON_STRINGS]
+    assert {part.config.models for part in parts[1:]} == {MIXED_SIBLINGS}
+
+
 @pytest.mark.parametrize("options", [{}, {"quick": True}, {"models": ["a"]}, {"models": ["a", "b", "c"]}])
 def test_parts_have_names_of_files_and_keys_of_their_own(options: dict[str, Any]) -> None:
     parts = job.plan(**options)

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from me_stats.models import MarkovModel
+from me_stats.corpus import Document, score_corpus
+from me_stats.models import Aligned, MarkovModel, TableModel
 from me_stats.vocabulary_map import ByteStrings, Role, TokenBytes
 
 TABLE = TokenBytes.greedy([b"a", b"b", b"ab", None, b"a", None], eos=(3,))
@@ -173,3 +174,11 @@ def test_models_without_a_fast_tokenizer_are_refused() -> None:
     with pytest.raises(ValueError, match="fast tokenizer only, got NoneType"):
         ByteStrings.of([MarkovModel.random(3, seed=0)])
     assert np.all(ByteStrings([TABLE]).targets(TABLE) >= -1)
+
+
+def test_a_given_text_has_no_one_probability_over_byte_strings() -> None:
+    tables = [TokenBytes.greedy([b"a", b"b", b"ab"]), TokenBytes.greedy([b"a", b"b"])]
+    shared = ByteStrings(tables)
+    parts = [Aligned(TableModel.random(t.size, seed=0, order=0), shared, token_bytes=t) for t in tables]
+    with pytest.raises(ValueError, match="many spellings"):
+        score_corpus(parts, [Document("toy", "abba")])
