@@ -86,7 +86,11 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
     for row, component in zip(found, components, strict=True):
         row["piecewise"] = _piecewise(trace, component)
     progress(0.9, "next bytes by all tokenisations")
-    next_byte = _next_byte(trace, components[-1], config) if config.beams else None
+    next_byte = [
+        _next_byte(trace, name, component, config)
+        for name, component in zip(names, components, strict=True)
+        if config.beams and _longest(component) > 1  # bytes have one spelling
+    ]
     tested = _check(ensemble, config, progress) if config.tested else {}
     text = _texts(trace)
     equal = float(((trace.tokens == coupled.tokens).all(1)).double().mean()) if _alike(trace, coupled) else 0.0
@@ -208,7 +212,7 @@ def _piecewise(trace: Trace, component: Aligned) -> dict[str, Any]:
     return {"rows": len(trace.tokens), "apart": apart, "tv": float(tv.mean())}
 
 
-def _next_byte(trace: Trace, component: Aligned, config: Config) -> dict[str, Any]:
+def _next_byte(trace: Trace, name: str, component: Aligned, config: Config) -> dict[str, Any]:
     """What laws of single bytes cost: token laws read a byte, and how far a narrow beam is from the widest."""
     shared, table = component.shared, component.token_bytes
     path = [token for token in trace.sequences()[0] if token < len(shared.strings)]
@@ -230,7 +234,7 @@ def _next_byte(trace: Trace, component: Aligned, config: Config) -> dict[str, An
             "pruned": float(byte_model.pruned_mass([text])[0]),
             "tv_to_widest": float(np.asarray(tv_distance(laws[beam], laws[max(config.beams)])).mean()),
         })  # fmt: skip
-    return {"bytes": len(text), "tokens": len(table.encode(text)), "beams": rows}
+    return {"model": name, "bytes": len(text), "tokens": len(table.encode(text)), "beams": rows}
 
 
 def _check(ensemble: Ensemble, config: Config, progress: Callable[[float, str], None]) -> dict[str, dict[str, Any]]:

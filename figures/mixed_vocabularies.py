@@ -50,16 +50,17 @@ def draw(record: Record, folder: Path) -> Figure:
 
 
 def _bytes(results: dict[str, Any]) -> str:
-    """The price of laws of single bytes, in a sentence."""
-    found = results.get("next_byte")
-    if not found or len(found["beams"]) < 2:
-        return ""
-    widest, *others = found["beams"]
-    parts = [f"{row['beam']} read {row['laws_per_byte']:.1f}, TV {row['tv_to_widest']:.1g} off" for row in others]
-    return (
-        f" Laws of the next byte over {found['bytes']} bytes ({found['tokens']} tokens): {widest['beam']} kept "
-        f"tokenisations read {widest['laws_per_byte']:.1f} token laws a byte; fewer: {', '.join(parts)}."
-    )
+    """The price of laws of single bytes, in a sentence for each model."""
+    said = ""
+    for found in results["next_byte"]:
+        widest, *others = found["beams"]
+        parts = [f"{row['beam']} read {row['laws_per_byte']:.1f}, TV {row['tv_to_widest']:.1g} off" for row in others]
+        said += (
+            f" Next-byte laws of {found['model']} ({found['bytes']} bytes, {found['tokens']} tokens): {widest['beam']} "
+            f"tokenisations read {widest['laws_per_byte']:.1f} token laws a byte"
+            + (f"; {', '.join(parts)}." if parts else ".")
+        )
+    return said
 
 
 def _text(ax: Any, sample: dict[str, Any]) -> None:
