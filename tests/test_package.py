@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tomllib
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
@@ -124,7 +125,7 @@ def test_links_of_documents_lead_somewhere(name: str) -> None:
             continue
         if (target.startswith("figures/") or target == "paper_repro.md") and not RECORDS:
             continue  # both are made from records
-        assert (path.parent / target).exists(), target
+        assert (path.parent / unquote(target)).exists(), target
 
 
 def test_commands_in_the_readme_parse(capsys: pytest.CaptureFixture[str]) -> None:

@@ -271,6 +271,8 @@ SAYS_NOTHING_OF_A_SAMPLE = {
     "sensitivity.readings.step_tv_sums", "sensitivity.readings.tokens_forwarded", "sensitivity.reweight.values_of",
     "routers.decoding.Decodings", "testing.mutants.Mutant", "testing.fuzz.FuzzRejected", "trace.Trace",
     "testing.session_fuzz.fuzz_session", "acceptance.Speculation", "acceptance.measure_acceptance",
+    # Laws and tokenizers by name.
+    "cli_compare.compare", "cli_tokenizers.tokenizers", "tokenizer_survey.Survey",
 }  # fmt: skip
 _NAMES = {"sampler", "samplers", "trace", "traces", "build", "against"}
 
