@@ -80,7 +80,6 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
         statistic=f"largest certificate {total.max():.1e}",
         tv_upper=float(total.max()),
         bound=f"white box, {config.confidence:.0%} confidence on the weights",
-        verdict="reproduced at small scale" if held else "refuted as stated",
         held=held,
         caveat=(
             f"weights {worst.weight_term:.1e} + caches {worst.cache_term:.1e} + draw {worst.draw_term:.1e}; takes the "

@@ -134,7 +134,6 @@ def _judge(recorder: Recorder, rows: list[dict[str, Any]], config: Config, label
             statistic=f"portfolio p = {pvalue:.3g}",
             tv_upper=upper,
             bound=f"{config.confidence:.0%} confidence, joint",
-            verdict="reproduced at small scale" if held else "refuted as stated",
             held=held,
             caveat=f"a test at level {config.level:g} {power}",
         )

@@ -164,7 +164,6 @@ def _judge_exact(recorder: Recorder, cases: list[dict[str, Any]], config: Config
             statistic=f"largest TV {largest:.1e}",
             tv_upper=largest,
             bound="exact, up to the numerical floor",
-            verdict="reproduced at small scale" if held else "refuted as stated",
             held=held,
             caveat=f"short or truncated sequences from one prompt: {shapes}",
         )
@@ -190,7 +189,6 @@ def _judge_tests(recorder: Recorder, tested: dict[str, Any], config: Config, lab
             statistic=f"portfolio p = {outcome['pvalue']:.3g}",
             tv_upper=None,
             bound="no bound over all sequences; power stated",
-            verdict="reproduced at small scale" if held else "refuted as stated",
             held=held,
             caveat=f"the λ-score at level {config.level / 8:.1e} {power}",
         )

@@ -304,7 +304,6 @@ def _find_shares(recorder: Recorder, setting: Setting, shares: dict[str, Any], c
             statistic=f"{_interval(first)} of the variance by pairs, {_interval(second)} by rows on one path",
             tv_upper=None,
             bound=f"{config.confidence:.0%} confidence",
-            verdict="reproduced at small scale" if held else "refuted as stated",
             held=held,
             caveat="no test of ME: CE has the same law; it is what shared component draws would correlate. "
             f"At equal cost the interval by rows on one path is {width:.2f} times as wide as that by pairs. Smallest "
@@ -416,7 +415,6 @@ def _find_gains(
             statistic=f"variance falls by the factor: {verdicts}",
             tv_upper=None,
             bound=f"{config.confidence:.0%} confidence, each",
-            verdict="reproduced at small scale" if held else "refuted as stated",
             held=held,
             caveat=_CAVEATS[method],
         )

@@ -166,7 +166,8 @@ class Recorder:
         return bool(held)
 
     def find(self, **finding: Any) -> None:
-        """Add a row to the verdict table, which is also a check."""
+        """Add a row to the verdict table, which is also a check; without a `verdict`, `held` decides it."""
+        finding.setdefault("verdict", "reproduced at small scale" if finding["held"] else "refuted as stated")
         row = Finding(**finding)
         self.findings.append(row)
         self.check(f"{row.claim}: {row.statement} ({row.models})", row.held)
