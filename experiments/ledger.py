@@ -20,7 +20,8 @@ from torch import Tensor
 from me_stats.dependence import clustered_mean
 from me_stats.divergence import escaped_mass, tv_distance
 from me_stats.mixing import ConstantMixing
-from me_stats.models import Aligned, Ensemble, Temperature, Warped
+from me_stats.models import Ensemble, Temperature, Warped
+from me_stats.models.aligned import over_byte_strings
 from me_stats.models.base import Prefix
 from me_stats.models.joint import CAUSES, JointTransform, PublishedCE, UnionTopK, published_me
 from me_stats.models.shared import readings_along
@@ -150,16 +151,11 @@ class Draws:
         return found
 
 
-def mixed(components: Sequence[Any]) -> bool:
-    """Whether the components are mixed over byte strings: then CE is that of several vocabularies."""
-    return all(isinstance(component, Aligned) for component in components)
-
-
 def published_ce(components: Sequence[Any], mixing: ConstantMixing, transforms: Transforms) -> PublishedCE:
     """The published CE; over several vocabularies it renormalises each component for itself."""
     return PublishedCE(
         components, mixing, temperature=transforms.temperature, top_k=transforms.top_k, top_p=transforms.top_p,
-        greedy=transforms.greedy, causes=[c for c in CAUSES if not (c == "joint" and mixed(components))],
+        greedy=transforms.greedy, causes=[c for c in CAUSES if not (c == "joint" and over_byte_strings(components))],
     )  # fmt: skip
 
 
@@ -231,7 +227,7 @@ def _entries(
     for temperature in (2.0, 0.7):
         ideal, clamped = (Warped(union[0], ClampedTemperature(temperature, least)) for least in (0.0, 1e-12))
         yield ("entry", f"clamp, T = {temperature:g}"), ideal, clamped
-    if mixed(components):
+    if over_byte_strings(components):
         shared, own = (published_me(components, mixing, own_ids=ids) for ids in (False, True))
         yield ("entry", "transforms before strings"), shared, own
 
@@ -260,7 +256,7 @@ def measure(
     wanted = list(pairs(ensemble, curves=curves))
     found: dict[Key, list[tuple[Floats, Floats]]] = {key: [] for key, _, _ in wanted}
     me, ce = next((me, ce) for key, me, ce in wanted if key == ("published", PUBLISHED))
-    scored = mixed(ensemble.components)
+    scored = over_byte_strings(ensemble.components)
     union = UnionTopK(ensemble.components, ensemble.mixing, 10, score="first_subtoken" if scored else "own")
     drawn, sums = Draws(), []
     for number, reading in enumerate(readings_along([law for _, *both in wanted for law in both], prompts, rows)):

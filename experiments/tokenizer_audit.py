@@ -21,11 +21,12 @@ from me_stats.models import TransformersModel
 from me_stats.models.base import open_session
 from me_stats.models.catalog import cache_folder
 from me_stats.record import Record, Recorder
-from me_stats.tokenizer_audit import canonical_runs, exchange_names, exchange_text
+from me_stats.tokenizer_audit import canonical_runs, exchange_text
 from me_stats.tokenizer_bytes import SPACE, byte_alphabet
 from me_stats.tokenizer_sources import OpenTokenizer, RefusedTokenizer, from_tokenizer, open_tokenizer
 from me_stats.tokenizer_survey import Survey
 from me_stats.vocabulary_map import ByteStrings
+from me_stats.vocabulary_names import exchange_names
 
 NAME, TITLE = "tokenizer_audit", "Tokenizers: what an exchange of tokens between vocabularies loses"
 

@@ -12,8 +12,8 @@ import numpy as np
 
 from me_stats.dependence import clustered_mean
 from me_stats.divergence import tv_distance
-from me_stats.models.base import Prefix, path_log_probs
-from me_stats.models.shared import networks
+from me_stats.models.base import Prefix
+from me_stats.models.shared import networks, readings_along
 from me_stats.samplers.speculative import SpeculativeSampler
 from me_stats.sensitivity.estimate import Estimate
 from me_stats.trace import Trace
@@ -169,8 +169,11 @@ def forecast_acceptance(
     """
     if chunk < 1:
         raise ValueError(f"chunk must be an integer of at least 1, got {chunk!r}")
-    pairs = zip(path_log_probs(target, prompts, tokens), path_log_probs(draft, prompts, tokens), strict=True)
-    chances = [1 - np.asarray(tv_distance(q.cpu().double(), p.cpu().double())) for q, p in pairs if len(q)]
+    chances = [
+        1 - np.asarray(tv_distance(*(reading.law(model).cpu().double() for model in (target, draft))))
+        for row, reading in zip(tokens, readings_along((target, draft), prompts, tokens), strict=True)
+        if len(row)
+    ]
     rows = np.repeat(np.arange(len(chances)), [len(row) for row in chances])
     if len(chances) < 2:
         raise ValueError(f"tokens must hold at least two rows with tokens, got {len(chances)}")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from me_stats.mixing import ConstantMixing
-from me_stats.models.aligned import Aligned
+from me_stats.models.aligned import over_byte_strings
 from me_stats.models.ensemble import Ensemble
 from me_stats.models.joint import CAUSES, PublishedCE
 from me_stats.models.warped import Greedy, MinP, Temperature, TopK, TopP, Warp, Warped
@@ -96,7 +96,7 @@ class OrderedLaw:
         causes: dict[str, tuple[Any, ...]] = {"union-component": ("union",), "union-joint": ("union", "joint")}
         whole = PublishedCE(components, mixing, **settings)
         # Over several vocabularies the published code renormalises each component for itself.
-        several = all(isinstance(component, Aligned) for component in components)
+        several = over_byte_strings(components)
         published = [cause for cause in whole.active if not (several and cause == "joint")]
         return whole.with_causes(*causes.get(self.order, published))
 

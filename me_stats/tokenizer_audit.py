@@ -21,7 +21,7 @@ import torch
 from me_stats.models.base import Prefix, path_log_probs
 from me_stats.vocabulary import Vocabulary
 from me_stats.vocabulary_map import Role, TokenBytes
-from me_stats.vocabulary_names import converted_name, is_byte_level
+from me_stats.vocabulary_names import spellings_of
 
 _END_LIKE = ("</s>", "eos", "eot", "end")
 _BYTE_NAME = re.compile(r"<0x([0-9A-Fa-f]{2})>")
@@ -129,26 +129,6 @@ def audit_tokenizer(vocabulary: Vocabulary, table: TokenBytes) -> TokenizerAudit
             token for token, _, text in decoded if list(tokenizer.encode(text, add_special_tokens=False)) != [token]
         ),
     )
-
-
-def spellings_of(tokenizer: Any, size: int) -> tuple[str | None, ...]:
-    """The token strings of ids 0..size-1 as they stand in the tokenizer's file, None where it has none."""
-    if hasattr(tokenizer, "convert_ids_to_tokens"):
-        return tuple(tokenizer.convert_ids_to_tokens(range(size)))
-    return tuple(tokenizer.id_to_token(token) for token in range(size))
-
-
-def exchange_names(table: TokenBytes, spellings: Sequence[str | None]) -> tuple[str | None, ...]:
-    """The symbols by which published code matches tokens of different vocabularies, from their `spellings`.
-
-    See `me_stats.vocabulary_names.converted_name`: ".", "=" and the newline of a byte-level model become ``<0xNN>`` and
-    meet the byte tokens of a SentencePiece model, which never writes them.
-
-    >>> exchange_names(TokenBytes((b".", b"a", b" the")), [".", "a", "Ġthe"])
-    ('<0x2E>', 'a', ' the')
-    """
-    byte_level = is_byte_level(table, spellings)
-    return tuple(None if name is None else converted_name(name, byte_level=byte_level) for name in spellings)
 
 
 def exchange_losses(

@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from me_stats.models import catalog
-from me_stats.tokenizer_audit import spellings_of
 from me_stats.tokenizer_bytes import read_tokenizer
 from me_stats.vocabulary import Vocabulary
 from me_stats.vocabulary_files import read_file
 from me_stats.vocabulary_map import TokenBytes
-from me_stats.vocabulary_names import is_byte_level
+from me_stats.vocabulary_names import is_byte_level, spellings_of
 
 _FILES = ("*.tiktoken", "*.model or *.model.v1 (SentencePiece)", "*.gguf", "tokenizer.json")
 

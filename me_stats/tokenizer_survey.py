@@ -12,11 +12,11 @@ from me_stats.tokenizer_audit import (
     audit_tokenizer,
     compare_strings,
     exchange_losses,
-    exchange_names,
     mass_at_stake,
 )
 from me_stats.tokenizer_sources import OpenTokenizer
 from me_stats.vocabulary_map import ByteStrings, Role
+from me_stats.vocabulary_names import exchange_names
 
 Progress = Callable[[float, str], None]
 _WINDOW = 128  # laws over 262,144 tokens take 1 MB each

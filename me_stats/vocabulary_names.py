@@ -17,7 +17,14 @@ _ALPHABET = byte_alphabet()
 _GLYPHS = {chr(256 + 32): " ", chr(256 + 10): "\n"}  # of byte-level BPE: the two that some codes decode
 
 
-def file_names(vocabulary: Vocabulary, table: TokenBytes) -> list[str | None]:
+def spellings_of(tokenizer: Any, size: int) -> tuple[str | None, ...]:
+    """The token strings of ids 0..size-1 as they stand in the tokenizer's file, None where it has none."""
+    if hasattr(tokenizer, "convert_ids_to_tokens"):
+        return tuple(tokenizer.convert_ids_to_tokens(range(size)))
+    return tuple(tokenizer.id_to_token(token) for token in range(size))
+
+
+def file_names(vocabulary: Vocabulary, table: TokenBytes) -> tuple[str | None, ...]:
     """(V,) token strings as they stand in the tokenizer's file; None for ids that it has no token for.
 
     A byte-level vocabulary and a SentencePiece one agree on plain ASCII words only: spaces and all other bytes are
@@ -25,21 +32,27 @@ def file_names(vocabulary: Vocabulary, table: TokenBytes) -> list[str | None]:
 
     Source of the union of token strings: Yu et al. 2024 (GaC, arXiv 2406.12585).
     """
-    tokenizer = _backend(vocabulary.tokenizer)
-    return [tokenizer.id_to_token(token) for token in range(table.size)]
+    return spellings_of(vocabulary.tokenizer, table.size)
 
 
-def converted_names(vocabulary: Vocabulary, table: TokenBytes) -> list[str | None]:
-    """(V,) token strings after the conversion that the published code makes before it matches them.
+def converted_names(vocabulary: Vocabulary, table: TokenBytes) -> tuple[str | None, ...]:
+    """(V,) `exchange_names` of a vocabulary's own token strings."""
+    return exchange_names(table, file_names(vocabulary, table))
+
+
+def exchange_names(table: TokenBytes, spellings: Sequence[str | None]) -> tuple[str | None, ...]:
+    """The symbols by which published code matches tokens of different vocabularies, from their `spellings`.
 
     The signs for a space become spaces. Byte-level tokens of one ASCII byte become ``<0xNN>``, and only 0-9, A-Z and
-    a-z are mapped back: a full stop, an equals sign or a newline no longer match the pieces of SentencePiece, which
-    stay as they are. Of the other signs of byte-level BPE the one for a newline is decoded, and no more: "é" stays
-    two letters.
+    a-z are mapped back: a full stop, an equals sign or a newline no longer match the pieces of SentencePiece, but its
+    byte tokens, which it never writes. Of the other signs of byte-level BPE the one for a newline is decoded, and no
+    more: "\u00e9" stays two letters.
+
+    >>> exchange_names(TokenBytes((b".", b"a", b" the")), [".", "a", "\u0120the"])
+    ('<0x2E>', 'a', ' the')
     """
-    names = file_names(vocabulary, table)
-    byte_level = is_byte_level(table, names)
-    return [None if name is None else converted_name(name, byte_level=byte_level) for name in names]
+    byte_level = is_byte_level(table, spellings)
+    return tuple(None if name is None else converted_name(name, byte_level=byte_level) for name in spellings)
 
 
 def converted_name(name: str, *, byte_level: bool) -> str:
@@ -70,7 +83,3 @@ def is_byte_level(table: TokenBytes, spellings: Sequence[str | None]) -> bool:
         spelling is not None and string is not None and string.startswith(b" ") and spelling.startswith(SPACE)
         for string, spelling in zip(table.strings, spellings, strict=True)
     )
-
-
-def _backend(tokenizer: Any) -> Any:
-    return getattr(tokenizer, "backend_tokenizer", tokenizer)

@@ -15,15 +15,13 @@ from me_stats.tokenizer_audit import (
     canonical_runs,
     compare_strings,
     exchange_losses,
-    exchange_names,
     exchange_text,
-    is_byte_level,
     mass_at_stake,
-    spellings_of,
 )
 from me_stats.tokenizer_bytes import byte_alphabet, read_tokenizer
 from me_stats.vocabulary import Vocabulary
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
+from me_stats.vocabulary_names import exchange_names, is_byte_level, spellings_of
 
 
 def backend() -> Tokenizer:

@@ -215,6 +215,11 @@ class Aligned(LanguageModel):
         return f"Aligned({self.model!r}, {self.shared!r})"
 
 
+def over_byte_strings(components: Sequence[Any]) -> bool:
+    """Whether all components are `Aligned`: models of several vocabularies, mixed over byte strings."""
+    return all(isinstance(component, Aligned) for component in components)
+
+
 class PushForward:
     """Log-laws (B, V) over a model's ids → normalised log-laws (B, S) over shared ids.
 

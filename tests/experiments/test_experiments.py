@@ -17,12 +17,12 @@ from torch import Tensor
 
 from me_stats import draws
 from me_stats.claims import CLAIMS
-from me_stats.models import TransformersModel, ragged
 from me_stats.models import ensemble as ensemble_module
-from me_stats.models.warped import TopK
+from me_stats.models import ragged
 from me_stats.record import Record, config_key, plain
 from me_stats.samplers import CESampler, MESampler, SequenceMixtureSampler
 from tests import tiny
+from tests.stand_ins import past_the_gate, stale_cache, toothless_transform
 
 NAMES = list(tiny.OPTIONS)
 
@@ -237,18 +237,6 @@ def unweighted_mixture(patch: pytest.MonkeyPatch) -> None:
     )
 
 
-def stale_cache(patch: pytest.MonkeyPatch) -> None:
-    """A session that does not see the newest token."""
-    run = ragged.RaggedSession._run
-
-    def stale(self: Any, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, reads: np.ndarray) -> Any:
-        stops = np.maximum(stops - 1, self._prompt_length[rows])
-        return run(self, rows, np.minimum(starts, stops - reads), stops, reads)
-
-    patch.setattr(ragged.RaggedSession, "_run", stale)
-    _past_the_gate(patch)
-
-
 def lost_span(patch: pytest.MonkeyPatch) -> None:
     """A session that forwards the newest token only, however many are missing."""
     run = ragged.RaggedSession._run
@@ -258,12 +246,7 @@ def lost_span(patch: pytest.MonkeyPatch) -> None:
         return run(self, rows, np.where(late, stops - reads, starts), stops, reads)
 
     patch.setattr(ragged.RaggedSession, "_run", hasty)
-    _past_the_gate(patch)
-
-
-def _past_the_gate(patch: pytest.MonkeyPatch) -> None:
-    """A model that is opened compares a few tokens itself; the experiments have to see the bug without that."""
-    patch.setattr(TransformersModel, "_probe", lambda self: None)
+    past_the_gate(patch)
 
 
 def off_by_one(patch: pytest.MonkeyPatch) -> None:
@@ -279,11 +262,6 @@ def off_by_one(patch: pytest.MonkeyPatch) -> None:
 def toothless_control(patch: pytest.MonkeyPatch) -> None:
     """The control samples ME's law, so that it proves nothing."""
     patch.setattr(SequenceMixtureSampler, "_components", MESampler._components)
-
-
-def toothless_transform(patch: pytest.MonkeyPatch) -> None:
-    """Top-k that truncates nothing."""
-    patch.setattr(TopK, "__call__", lambda self, law: law)
 
 
 def spendthrift(patch: pytest.MonkeyPatch) -> None:

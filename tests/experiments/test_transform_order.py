@@ -17,12 +17,13 @@ import torch
 
 from me_stats import CESampler, ConstantMixing, Ensemble, MESampler
 from me_stats import reproduce as job
-from me_stats.models import Aligned, MarkovModel, TableModel, Temperature, TopK, TransformersModel, ragged
+from me_stats.models import Aligned, MarkovModel, TableModel, Temperature
 from me_stats.orders import Stage, Transforms
 from me_stats.presets import Setting
 from me_stats.record import Record, config_key
 from me_stats.report.style import read_data
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
+from tests.stand_ins import stale_cache, toothless_transform
 
 transform_order = job.load("experiments", "transform_order")
 ledger = job.load("experiments", "ledger")
@@ -275,23 +276,6 @@ def swapped_sides(patch: pytest.MonkeyPatch) -> None:
     """Mass of CE outside the support of ME, in place of the mass of ME outside that of CE."""
     honest = ledger.escaped_mass
     patch.setattr(ledger, "escaped_mass", lambda p, q: honest(q, p))
-
-
-def stale_cache(patch: pytest.MonkeyPatch) -> None:
-    """A session that does not see the newest token."""
-    feed = ragged.RaggedSession._run
-
-    def stale(self: Any, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray, reads: np.ndarray) -> Any:
-        stops = np.maximum(stops - 1, self._prompt_length[rows])
-        return feed(self, rows, np.minimum(starts, stops - reads), stops, reads)
-
-    patch.setattr(ragged.RaggedSession, "_run", stale)
-    patch.setattr(TransformersModel, "_probe", lambda self: None)
-
-
-def toothless_transform(patch: pytest.MonkeyPatch) -> None:
-    """Top-k that truncates nothing."""
-    patch.setattr(TopK, "__call__", lambda self, law: law)
 
 
 def no_clamp(patch: pytest.MonkeyPatch) -> None:

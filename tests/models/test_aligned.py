@@ -17,12 +17,12 @@ from me_stats.models import Conditioned, Endless, Ensemble, TableModel, TopK, Tr
 from me_stats.models.aligned import Aligned, AlignedSession, PushForward
 from me_stats.models.base import PrefixSession
 from me_stats.models.catalog import pulled
-from me_stats.models.moving import feed
 from me_stats.samplers import CESampler, MESampler
 from me_stats.testing import ModelRejected, check_language_model, check_session
 from me_stats.tokenizer_bytes import read_tokenizer
 from me_stats.vocabulary import Vocabulary
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
+from tests import stand_ins
 
 # Overlapping strings, a string that two ids share, a control token, an end id of other number; "é" in halves and whole.
 FIRST = TokenBytes.greedy([b"a", b"b", b"ab", None, b"a"], eos=(3,))
@@ -179,16 +179,7 @@ def keeps_the_tail(patch: pytest.MonkeyPatch) -> None:
 
 def reads_alone(patch: pytest.MonkeyPatch) -> None:
     """Each string is tokenised by itself, as token-by-token re-encoding does."""
-
-    def catch_up(self: Any, rows: np.ndarray) -> None:
-        for row in rows.tolist():
-            known = self._aligned.token_bytes.bytes_of(self._read[row])
-            tail = self._aligned.read(self._history[row][len(known) :])
-            feed(self._rows, np.array([row]), [tail])
-            self._read[row] = (*self._read[row], *tail)
-        self._stale[rows] = False
-
-    patch.setattr(AlignedSession, "_catch_up", catch_up)
+    patch.setattr(AlignedSession, "_catch_up", stand_ins.reads_alone)
 
 
 def overwrites(patch: pytest.MonkeyPatch) -> None:

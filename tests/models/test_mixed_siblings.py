@@ -16,11 +16,11 @@ from me_stats.divergence import tv_distance
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Ensemble, TopK
 from me_stats.models.aligned import Aligned, AlignedSession
-from me_stats.models.moving import feed
 from me_stats.presets import MIXED_SIBLINGS, Setting, open_setting
 from me_stats.samplers import CESampler, MESampler
 from me_stats.testing import check_language_model, check_session
 from me_stats.trace import Trace
+from tests.stand_ins import reads_alone
 
 # Accents, emoji, other scripts, code, newlines, controls spelled out, the end of a word and the middle of one.
 TEXTS = (
@@ -158,16 +158,6 @@ def test_sessions_are_the_laws_along_rows_of_me(setting: Setting, trace: Trace, 
 
 def test_components_of_a_session_switch_and_fall_behind(setting: Setting) -> None:
     check_session(setting.ensemble, TEXTS, steps=8, schedules=2, seed=2)
-
-
-def reads_alone(self: Any, rows: np.ndarray) -> None:
-    """Each string is tokenised by itself, as token-by-token re-encoding does."""
-    for row in rows.tolist():
-        known = self._aligned.token_bytes.bytes_of(self._read[row])
-        tail = self._aligned.read(self._history[row][len(known) :])
-        feed(self._rows, np.array([row]), [tail])
-        self._read[row] = (*self._read[row], *tail)
-    self._stale[rows] = False
 
 
 def test_reading_strings_alone_is_rejected(setting: Setting, trace: Trace, monkeypatch: pytest.MonkeyPatch) -> None:
