@@ -114,7 +114,7 @@ def _sequences(ax: Any, found: dict[str, Any]) -> None:
     ax.set_xticklabels([f"{length}" for length in lengths if length & (length - 1) == 0])
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.minorticks_off()
-    ax.legend(loc="upper left")
+    ax.legend(loc="best")
 
 
 def _curves(axes: Any, curves: dict[str, list[dict[str, Any]]]) -> None:
