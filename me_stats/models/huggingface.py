@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -15,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 
 from me_stats.models.base import LanguageModel, NaNLawError, Prefix, PrefixSession, Session
 from me_stats.models.catalog import resolve
+from me_stats.models.graphs import GraphPool
 from me_stats.models.packed import attention_for
 from me_stats.models.ragged import RaggedSession
 from me_stats.vocabulary import Vocabulary
@@ -41,6 +43,9 @@ class TransformersModel(LanguageModel):
     session
         ``"ragged"``: lazy key-value synchronisation with one forward for all rows that are read.
         ``"prefix"``: no cache, for architectures that keep other state than keys and values.
+    graphs
+        Replay forwards that recur as CUDA graphs (`me_stats.models.graphs`): a small batch is then as fast as the
+        device, not as its host. Default: on a CUDA device with a ragged session, where the network can be captured.
 
     Attributes
     ----------
@@ -72,6 +77,7 @@ class TransformersModel(LanguageModel):
         tokenizer: Any = None,
         max_cache_gb: float = 4.0,
         session: Literal["ragged", "prefix"] = "ragged",
+        graphs: bool | None = None,
     ) -> None:
         if dtype is not None and dtype not in _DTYPES:
             raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
@@ -91,12 +97,33 @@ class TransformersModel(LanguageModel):
             self.network = self.network.to(device)
         self.network = self.network.eval().requires_grad_(False)
         self._session_kind = session
+        self._graphs: GraphPool | None = None  # the probe runs without
         self._cache_bytes, self._token_bytes = int(max_cache_gb * 2**30), 0
         self.context_length = _context_length(self.network.config.get_text_config())
         self.vocabulary = _vocabulary(self.network, tokenizer)
         if session == "ragged":
             self._refusing(lambda: self.network.set_attn_implementation(attention_for(self.network)))
         self._probe()
+        self._graphs = self._graph_pool(graphs)
+
+    @property
+    def graphs(self) -> bool:
+        """Whether forwards that recur are replayed as CUDA graphs."""
+        return self._graphs is not None
+
+    def _graph_pool(self, wanted: bool | None) -> GraphPool | None:
+        able = self.device.type == "cuda" and self._session_kind == "ragged"
+        if wanted and not able:
+            raise ValueError(f"graphs=True needs a CUDA device and session='ragged'; {self.name} is on {self.device}")
+        if wanted is False or not able:
+            return None
+        try:
+            return GraphPool(self.network, self.vocabulary.size).tried()
+        except RuntimeError as error:
+            if wanted:
+                raise ValueError(f"{self.name} cannot be captured as a CUDA graph: {_first_line(error)}") from error
+            warnings.warn(f"{self.name} runs without CUDA graphs: {_first_line(error)}", stacklevel=3)
+            return None
 
     def _probe(self) -> None:
         """Refuse what would be silently wrong: a network that looks ahead, a session off its definition.
@@ -172,6 +199,7 @@ class TransformersModel(LanguageModel):
             size=self.vocabulary.size,
             max_new_tokens=max_new_tokens,
             max_length=self.context_length,
+            graphs=self._graphs,
         )
 
     def path_log_probs(self, prompts: Sequence[Prefix], tokens: Sequence[Prefix]) -> Iterator[Tensor]:

@@ -14,8 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from me_stats.devices import on_device
 from me_stats.models.base import Cost, NaNLawError, Prefix
-from me_stats.models.packed import Layout, SlotCache, stretches
+from me_stats.models.graphs import GraphPool, run_network
+from me_stats.models.layout import Layout, stretches
+from me_stats.models.slots import SlotCache
 
 
 def _window(config: Any, max_length: int | None) -> int | None:
@@ -42,6 +45,7 @@ class RaggedSession:
         size: int,
         max_new_tokens: int | None,
         max_length: int | None,
+        graphs: GraphPool | None = None,
     ) -> None:
         self._network, self._size, self._max_length = network, size, max_length
         self._device = network.device
@@ -61,7 +65,10 @@ class RaggedSession:
         self._home = np.full(len(distinct), -1, dtype=np.int64)  # slot that holds a prompt's prefill
         self._used = 0
         self._written = torch.zeros((len(prompts), max_new_tokens or 16), dtype=torch.int64, device=self._device)
-        self._cache = SlotCache(max_slots=len(prompts), length=longest + (max_new_tokens or 16))
+        length = longest + (max_new_tokens or 16)
+        self._graphs = None if graphs is None else graphs.lend(self, max_slots=len(prompts), length=length)
+        own = SlotCache(max_slots=len(prompts), length=length) if self._graphs is None else self._graphs.cache
+        self._cache = own
         self._window = _window(network.config.get_text_config(), max_length)
         self.cost = Cost()
 
@@ -82,8 +89,8 @@ class RaggedSession:
             raise ValueError(f"a row would grow past the context window of {self._max_length} tokens")
         if longest > self._written.shape[1]:
             self._written = torch.nn.functional.pad(self._written, (0, self._written.shape[1]))
-        where = torch.from_numpy(np.stack([rows, steps])).to(self._device, non_blocking=True)
-        self._written[where[0], where[1]] = tokens.to(self._device)
+        row, step = on_device(np.stack([rows, steps]), self._device)
+        self._written[row, step] = tokens.to(self._device, non_blocking=True)
         self._length[rows] += 1
 
     def drop(self, rows: np.ndarray, counts: np.ndarray) -> None:
@@ -127,7 +134,7 @@ class RaggedSession:
         if not late.any():
             return self._forward(rows, counts)
         laws = torch.empty((int(counts.sum()) + len(rows), self._size), device=self._device)
-        places = torch.from_numpy(np.repeat(late, counts + 1)).to(self._device)
+        places = on_device(np.repeat(late, counts + 1), self._device)
         laws[~places] = self._forward(rows[~late], counts[~late])
         self._share_prompts(rows[late])
         laws[places] = self._forward(rows[late], counts[late])
@@ -141,7 +148,7 @@ class RaggedSession:
         for prompt in np.unique(self._prompt[rows]):
             mine = rows[self._prompt[rows] == prompt]
             known = self._prompt_length[mine]  # shorter than the prompt in rows that were cut
-            slots = torch.from_numpy(self._slot[mine]).to(self._device)
+            slots = on_device(self._slot[mine], self._device)
             self._cache.copy(int(self._home[prompt]), slots, int(known.max()))
             self._cached[mine] = known
 
@@ -171,31 +178,32 @@ class RaggedSession:
         """Laws (Σ reads, V) after the last `reads` (B,) tokens that are fed of each row, and how many tokens were."""
         order = np.argsort(self._slot[rows], kind="stable")
         rows, starts, stops, reads = rows[order], starts[order], stops[order], reads[order]
-        layout = Layout(self._cache, self._slot[rows], starts, stops, reads, self._device)
-        spans = stops - starts
-        owner = np.stack([np.repeat(rows, spans), np.repeat(self._prompt[rows], spans),
-                          np.repeat(self._prompt_length[rows], spans)])  # fmt: skip
-        row, prompt, prompt_length = torch.from_numpy(owner).to(self._device, non_blocking=True)
-        step = layout.positions - prompt_length
-        from_prompt = self._prompt_tokens[prompt, layout.positions.clamp(max=self._prompt_tokens.shape[1] - 1)]
-        tokens = torch.where(step < 0, from_prompt, self._written[row, step.clamp(min=0)])
-        with torch.no_grad():
-            logits = self._network(
-                input_ids=tokens[None],
-                position_ids=layout.positions[None],
-                # Any 4-D mask stops transformers from building one; the layout has the real masks.
-                attention_mask=torch.ones((1, 1, 1, 1), dtype=torch.bool, device=self._device),
-                use_cache=False,
-                logits_to_keep=layout.read,
-                ragged=layout,
-            ).logits[0, :, : self._size]
-        layout.require_used(self._window)
-        laws = logits.float().log_softmax(-1)
+        tokens = self._packed_tokens(rows, starts, stops - starts)
+        laws = None
+        if self._graphs is not None:
+            laws = self._graphs.laws(tokens, self._slot[rows], starts, stops, reads)
+        if laws is None:
+            layout = Layout(self._cache, self._slot[rows], starts, stops, reads, self._device)
+            laws = run_network(self._network, tokens, layout, self._size)
+            layout.require_used(self._window)
         # A NaN anywhere in a row's logits is one everywhere; on an accelerator the check would stall the queue.
         if laws.is_cpu and bool(laws[:, 0].isnan().any()):
             raise NaNLawError(f"{type(self._network).__name__} returned NaN logits; use a wider dtype")
         if not np.array_equal(order, np.arange(len(order))):
             back = np.argsort(order)
             blocks = stretches((np.cumsum(reads) - reads)[back], reads[back])
-            laws = laws[torch.from_numpy(blocks).to(self._device)]
-        return laws, layout.total
+            laws = laws[on_device(blocks, self._device)]
+        return laws, len(tokens)
+
+    def _packed_tokens(self, rows: np.ndarray, starts: np.ndarray, spans: np.ndarray) -> Tensor:
+        """Ids (Σ spans,) of the tokens of `rows` from `starts` on, end to end."""
+        prompt_length = self._prompt_length[rows]
+        step = stretches(starts - prompt_length, spans)
+        row = np.repeat(rows, spans)
+        if (starts >= prompt_length).all():
+            row_, step_ = on_device(np.stack([row, step]), self._device)
+            return self._written[row_, step_]
+        prompt, position = np.repeat(self._prompt[rows], spans), stretches(starts, spans)
+        position = np.minimum(position, self._prompt_tokens.shape[1] - 1)
+        row_, step_, prompt_, position_ = on_device(np.stack([row, step, prompt, position]), self._device)
+        return torch.where(step_ < 0, self._prompt_tokens[prompt_, position_], self._written[row_, step_.clamp(min=0)])

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Conditioned, Cost, Endless, Ensemble, TopK, TransformersModel, Warped, Windowed, ragged
-from me_stats.models.packed import Layout
+from me_stats.models.layout import Layout
 from me_stats.models.ragged import RaggedSession
 from me_stats.models.shared import PrefixLookback, open_lookback
 from me_stats.samplers import SpeculativeSampler

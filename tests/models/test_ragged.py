@@ -15,8 +15,9 @@ from transformers import DynamicCache
 
 from me_stats.models import Cost
 from me_stats.models.huggingface import TransformersModel
-from me_stats.models.packed import Layout, SlotCache
+from me_stats.models.layout import Layout
 from me_stats.models.ragged import RaggedSession
+from me_stats.models.slots import SlotCache
 from tests.networks import CONTEXT, FAMILIES, WINDOW, V, devices, tiny, total_variation
 from tests.strategies import seeds
 
