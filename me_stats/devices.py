@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 
-def on_device(array: np.ndarray, device: torch.device) -> Tensor:
+def on_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """`array` as a tensor on `device`; the host does not wait for what the device still has to do.
 
     A copy from ordinary memory would: only from page-locked memory can an accelerator fetch by itself.
@@ -15,7 +15,9 @@ def on_device(array: np.ndarray, device: torch.device) -> Tensor:
     >>> on_device(np.arange(3), torch.device("cpu"))
     tensor([0, 1, 2])
     """
-    tensor = torch.from_numpy(array)
-    if device.type == "cpu":
-        return tensor
+    tensor = array if isinstance(array, Tensor) else torch.from_numpy(array)
+    if tensor.device == device or device.type == "cpu":
+        return tensor.to(device)
+    if not tensor.is_cpu:
+        return tensor.to(device, non_blocking=True)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from me_stats.devices import on_device
 from me_stats.mixing import Mixing, checked_log_weights
 from me_stats.models.base import (
     Cost,
@@ -172,7 +173,7 @@ def mix(laws: Sequence[Tensor], log_weights: Tensor) -> Tensor:
 
     Weights that round to zero mass keep their -inf; no term is ever inf - inf.
     """
-    weights = log_weights.to(laws[0].device, torch.promote_types(laws[0].dtype, torch.float32))
+    weights = on_device(log_weights.to(torch.promote_types(laws[0].dtype, torch.float32)), laws[0].device)
     mixed = laws[0] + weights[:, :1]
     for i, law in enumerate(laws[1:], start=1):
         mixed = log_add(mixed, law.to(mixed.device) + weights[:, i : i + 1])
