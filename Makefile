@@ -5,7 +5,7 @@ READY := .venv/.ready
 # Arguments for the commands below, such as ARGS=--quick.
 ARGS ?=
 
-.PHONY: reproduce test test-slow lint figures clean
+.PHONY: reproduce test test-slow bench lint figures clean
 
 reproduce: $(READY)
 	$(BIN)/me-stats reproduce $(ARGS)
@@ -15,6 +15,9 @@ test: lint
 
 test-slow: $(READY)
 	OMP_NUM_THREADS=2 $(BIN)/python -m pytest -m slow $(ARGS)
+
+bench: $(READY)
+	OMP_NUM_THREADS=2 $(BIN)/python -m pytest benchmarks --benchmark-columns=median,iqr,rounds $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check .

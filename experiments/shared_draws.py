@@ -245,7 +245,9 @@ def _siblings(recorder: Recorder, config: Config) -> dict[str, Any]:
     for repeat in range(config.repeats):
         for shared, seen in speeds.items():
             begin = time.perf_counter()
-            drawn = MESampler(ensemble, shared_rows=shared).sample(timed, seed=config.seed + repeat, **options)
+            # Rows at one step: what sharing saves alone, without what drifting apart saves.
+            sampler = MESampler(ensemble, shared_rows=shared, lockstep=True)
+            drawn = sampler.sample(timed, seed=config.seed + repeat, **options)
             seen.append(int(drawn.lengths.sum()) / (time.perf_counter() - begin))
             if shared == 1:
                 alone = drawn

@@ -15,7 +15,17 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from me_stats import __version__, cli_compare, cli_long, cli_models, cli_router, cli_sweep, cli_tokenizers, cli_weights
+from me_stats import (
+    __version__,
+    cli_bench,
+    cli_compare,
+    cli_long,
+    cli_models,
+    cli_router,
+    cli_sweep,
+    cli_tokenizers,
+    cli_weights,
+)
 from me_stats.cli_options import Device, Dtype, Precision, check_device, check_out, say
 
 if TYPE_CHECKING:
@@ -35,11 +45,12 @@ app.command(cli_weights.NAME)(cli_weights.fit_lambda)
 app.command()(cli_sweep.sweep)
 app.command()(cli_long.long)
 app.command()(cli_compare.compare)
+app.command()(cli_bench.bench)
 app.command()(cli_tokenizers.tokenizers)
 app.command(cli_router.NAME)(cli_router.train_router)
 
 # Options that take several values after one name.
-_REPEATED = ("--models", "--only", "--text", "--domain", "--prompt", "--against")
+_REPEATED = ("--models", "--only", "--text", "--domain", "--prompt", "--against", "--batch", "--weights", "--arms")
 OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 # RuntimeErrors that say what to do; any other is a bug and keeps its traceback.
 _EXPECTED = (("me_stats.models.catalog", "CatalogError"), ("me_stats.parts", "WorkerDied"))
@@ -231,6 +242,9 @@ def _commands(records: Sequence[Record]) -> dict[str, str]:
     for record in records:
         if _is_comparison(record):
             commands[record.name] = cli_compare.command(record)
+            continue
+        if record.name == cli_bench.RECORD:
+            commands[record.name] = cli_bench.command(record)
             continue
         config = record.config
         options = {name: config[name] for name in usual if config.get(name, usual[name]) != usual[name]}

@@ -6,7 +6,10 @@ Symbols of probability zero under both laws contribute nothing. Where p puts mas
 excludes, KL(p‖q) and χ²(p‖q) are +inf: that infinity is a flag, not an error, and `escaped_mass` says how
 much mass escaped. The result is never NaN.
 
-Sums run in float64 over blocks of rows, so a (1000, 262144) float32 pair is never copied to float64 whole.
+Sums run in float64 over blocks of rows, so a (1000, 262144) float32 pair is never copied to float64 whole. TV and KL
+of long float32 laws are first computed in float32: its rounding moves p by |log p| 2⁻²³, as much as the rounding that
+the input has undergone, which is 1e-6 of a law at most. What comes out below `FLOOR` or is not finite is computed again
+in float64, so small divergences keep all their digits.
 """
 
 from __future__ import annotations
@@ -22,6 +25,7 @@ from torch import Tensor
 
 LogProbs: TypeAlias = Tensor | ArrayLike
 Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+Float32Kernel: TypeAlias = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 # How far a row may sum from 1. log_softmax in float32 over 262,144 tokens is 1e-5 off, and float64 has to let such
 # rows through once they are widened. Below that, rounding log p between -16 and -8 moves p by up to 8 eps, always
@@ -30,6 +34,12 @@ SUM_TOLERANCE = {torch.float64: 1e-4, torch.float32: 1e-4, torch.float16: 1e-2, 
 # Elements of one block. On a processor its float64 temporaries should stay in cache; an accelerator wants
 # fewer launches.
 CPU_BLOCK, DEVICE_BLOCK = 2**17, 2**24
+# Laws of this many tokens go through float32 first; its blocks are half as wide, and long enough for every thread.
+LONG, FLOAT32_BLOCK = 2**13, 2**20
+FLOOR = 1e-2
+_PIECE = 512  # float32 numbers that are added up before float64 takes over
+LOG2_E = math.log2(math.e)
+_HUGE = 1e300  # stands for an infinite log-ratio, which times 0 would be NaN
 
 
 def tv_distance(log_p: LogProbs, log_q: LogProbs, *, axis: int = -1, check: bool = True) -> Tensor | float:
@@ -133,16 +143,16 @@ def escaped_mass(log_p: LogProbs, log_q: LogProbs, *, axis: int = -1, check: boo
     return _reduce(_escaped_kernel, log_p, log_q, axis, check)
 
 
+# A kernel may overwrite its arguments, which are copies.
 def _tv_kernel(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return (p - q).abs_().sum(-1).mul_(0.5).clamp_(max=1.0)
+    return p.sub_(q).abs_().sum(-1).mul_(0.5).clamp_(max=1.0)
 
 
 def _kl_kernel(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    log_ratio = log_p - log_q
     # Ask the logarithms, not p: exp(-800) is 0 in float64, and 0 · inf would be NaN.
-    escapes = (log_ratio == math.inf).any(-1)
-    log_ratio.nan_to_num_(nan=0.0, posinf=0.0, neginf=0.0)
-    total = (p * log_ratio).sum(-1) + (q.sum(-1) - p.sum(-1))
+    log_ratio = log_p.sub_(log_q).nan_to_num_(nan=0.0, posinf=_HUGE, neginf=0.0)
+    escapes = log_ratio.amax(-1) == _HUGE
+    total = (q.sum(-1) - p.sum(-1)).add_(p.mul_(log_ratio).sum(-1))
     return total.clamp_(min=0.0).masked_fill_(escapes, math.inf)
 
 
@@ -155,7 +165,7 @@ def _chi_square_kernel(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Te
 
 
 def _hellinger_kernel(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return (p.sqrt() - q.sqrt()).square_().sum(-1).mul_(0.5).sqrt_().clamp_(max=1.0)
+    return p.sqrt_().sub_(q.sqrt_()).square_().sum(-1).mul_(0.5).sqrt_().clamp_(max=1.0)
 
 
 def _js_kernel(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
@@ -167,12 +177,25 @@ def _js_kernel(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
 
 
 def _escaped_kernel(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor) -> Tensor:
-    return p.masked_fill(log_q > -math.inf, 0.0).sum(-1).clamp_(max=1.0)
+    return p.masked_fill_(log_q > -math.inf, 0.0).sum(-1).clamp_(max=1.0)
+
+
+def _tv_float32(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, total_p: Tensor, total_q: Tensor) -> Tensor:
+    # ½ |p − q| = max(p, q) − ½ (p + q): the sums of p and q are there already. What cancels here is above `FLOOR`.
+    return row_totals(torch.maximum(p, q, out=p)).sub_((total_p + total_q) / 2).clamp_(max=1.0)
+
+
+def _kl_float32(log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, total_p: Tensor, total_q: Tensor) -> Tensor:
+    # Where either excludes a symbol this is not finite, and float64 sorts it out.
+    return row_totals(torch.sub(log_p, log_q, out=q).mul_(p)) + (total_q - total_p)
+
+
+_IN_FLOAT32: dict[Kernel, Float32Kernel] = {_tv_kernel: _tv_float32, _kl_kernel: _kl_float32}
 
 
 @torch.no_grad()
 def _reduce(kernel: Kernel, log_p: LogProbs, log_q: LogProbs, axis: int, check: bool) -> Tensor | float:
-    """Apply `kernel` to float64 blocks of rows; the one place that validates."""
+    """Apply `kernel` to blocks of rows; the one place that validates."""
     p_rows, q_rows = _as_tensor("log_p", log_p), _as_tensor("log_q", log_q)
     if p_rows.shape != q_rows.shape:
         raise ValueError(
@@ -189,16 +212,54 @@ def _reduce(kernel: Kernel, log_p: LogProbs, log_q: LogProbs, axis: int, check: 
     p_rows, q_rows = p_rows.reshape(-1, size), q_rows.reshape(-1, size)
 
     out = torch.empty(p_rows.shape[0], dtype=torch.float64, device=p_rows.device)
-    step = max(1, (CPU_BLOCK if out.device.type == "cpu" else DEVICE_BLOCK) // size)
-    for start in range(0, out.shape[0], step):
-        block = slice(start, start + step)
-        block_p, block_q = p_rows[block].double(), q_rows[block].double()
-        p, q = block_p.exp(), block_q.exp()
-        if check:
-            _check_law("log_p", p, p_rows.dtype)
-            _check_law("log_q", q, q_rows.dtype)
-        out[block] = kernel(block_p, block_q, p, q)
+    if kernel in _IN_FLOAT32 and out.is_cpu and size >= LONG and p_rows.dtype == q_rows.dtype == torch.float32:
+        _float32_blocks(_IN_FLOAT32[kernel], p_rows, q_rows, out, check)
+        unsure = ~((out >= FLOOR) & out.isfinite())
+        _float64_blocks(kernel, p_rows, q_rows, out, False, unsure.nonzero()[:, 0])
+    else:
+        _float64_blocks(kernel, p_rows, q_rows, out, check)
     return out.reshape(shape) if shape else out.item()
+
+
+def _float64_blocks(
+    kernel: Kernel, p_rows: Tensor, q_rows: Tensor, out: Tensor, check: bool, chosen: Tensor | None = None
+) -> None:
+    """Write `out` for the `chosen` rows, or all."""
+    count = len(out) if chosen is None else len(chosen)
+    step = max(1, (CPU_BLOCK if out.is_cpu else DEVICE_BLOCK) // p_rows.shape[1])
+    # The space of one block serves all: fresh pages for every temporary cost more than the arithmetic.
+    space = torch.empty((4, min(step, count), p_rows.shape[1]), dtype=torch.float64, device=out.device)
+    for start in range(0, count, step):
+        block = slice(start, start + step) if chosen is None else chosen[start : start + step]
+        log_p, log_q, p, q = space[:, : count - start]
+        torch.mul(log_p.copy_(p_rows[block]), LOG2_E, out=p).exp2_()
+        torch.mul(log_q.copy_(q_rows[block]), LOG2_E, out=q).exp2_()
+        if check:
+            _check_law("log_p", p.sum(-1), p_rows.dtype)
+            _check_law("log_q", q.sum(-1), q_rows.dtype)
+        out[block] = kernel(log_p, log_q, p, q)
+
+
+def _float32_blocks(kernel: Float32Kernel, p_rows: Tensor, q_rows: Tensor, out: Tensor, check: bool) -> None:
+    step = max(1, FLOAT32_BLOCK // p_rows.shape[1])
+    space = torch.empty(2, min(step, len(out)), p_rows.shape[1])
+    for start in range(0, len(out), step):
+        block = slice(start, start + step)
+        log_p, log_q = p_rows[block], q_rows[block]
+        p = torch.mul(log_p, LOG2_E, out=space[0, : len(log_p)]).exp2_()
+        q = torch.mul(log_q, LOG2_E, out=space[1, : len(log_q)]).exp2_()
+        total_p, total_q = row_totals(p), row_totals(q)
+        if check:
+            _check_law("log_p", total_p, p_rows.dtype)
+            _check_law("log_q", total_q, q_rows.dtype)
+        out[block] = kernel(log_p, log_q, p, q, total_p, total_q)
+
+
+def row_totals(values: Tensor) -> Tensor:
+    """Sums (R,) of the rows of a float32 (R, V), in float64 but for pieces that are too short to lose anything."""
+    whole = values.shape[1] // _PIECE * _PIECE
+    pieces = values[:, :whole].unflatten(-1, (-1, _PIECE)).sum(-1)
+    return pieces.sum(-1, dtype=torch.float64) + values[:, whole:].sum(-1, dtype=torch.float64)
 
 
 def _as_tensor(name: str, value: LogProbs) -> Tensor:
@@ -214,9 +275,8 @@ def _as_tensor(name: str, value: LogProbs) -> Tensor:
     return value
 
 
-def _check_law(name: str, probabilities: Tensor, dtype: torch.dtype) -> None:
-    """One reduction finds everything: NaN spreads into the sum, a probability above 1 lifts it."""
-    totals = probabilities.sum(-1)
+def _check_law(name: str, totals: Tensor, dtype: torch.dtype) -> None:
+    """The sums of a law's probabilities show everything: NaN spreads into them, a probability above 1 lifts them."""
     tolerance = SUM_TOLERANCE[dtype]
     worst = (totals - 1.0).abs().max().item()
     if not worst <= tolerance:

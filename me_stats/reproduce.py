@@ -93,7 +93,7 @@ def plan(
         if not quick:
             # Long rows take half the time in half precision; the record states what rounding does.
             long = {"dtype": "bfloat16"} if dtype == "float32" else {}
-            parts += _language_models(LANGUAGE_MODEL, where, long=long)
+            parts += _language_models(LANGUAGE_MODEL, where, long=long, speed=_SPEED if device == "cpu" else {})
             parts += _mixed(MIXED_MODELS, _tag(MIXED_MODELS), where, size="real")
         parts += _instruments(seed, quick=quick)
     elif tuple(models) == SIBLINGS:
@@ -115,6 +115,11 @@ def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
         "transform_order": {"rows": 8, "steps": 32, "sequence_rows": 64, "sequence_steps": 64},
         "repairs": {"toys": 1, "rows": 96, "steps": 48, "first": 500, "repeats": 2, "repairs_from_q": ()},
         "generation": {"repeats": 1},
+        "speed": {
+            "components": (1, 2, 3), "batches": (1, 4, 16), "steps": 16, "batch_steps": 8, "rounds": 3,
+            "spans": (1, 2, 4, 8, 16), "contexts": (8, 24), "curve_dtypes": (),
+            "arms": ("single", "CE", "ME", "ME lockstep", "ME shared"),
+        },
         "weights": {"text_bytes": 8000, "document_bytes": 500, "runs": 100, "solver_tokens": 100_000},
         "sensitivity": {
             "toys": 3, "toy_rows": 3000, "points": 5, "rows": 16, "steps": 24, "text_bytes": 8000,
@@ -133,11 +138,22 @@ def _siblings(where: dict[str, Any], *, quick: bool) -> list[Part]:
         },
         "variance_reduction": {"rows": 48, "steps": 64, "path_rows": 4, "toys": 1, "toy_runs": 100},
     }  # fmt: skip
-    chosen = small if quick else {name: {} for name in small}
+    # Of models this small the host's share is all there is to time; a full run times a language model.
+    chosen = small if quick else {name: {} for name in small if name != "speed"}
     return [_part(name, "siblings", SIBLINGS, where, **options) for name, options in chosen.items()]
 
 
-def _language_models(models: Sequence[str], where: dict[str, Any], *, long: dict[str, Any] | None = None) -> list[Part]:
+# What two quiet cores reach with models of one size: the record of a busy machine says which it missed.
+_SPEED: dict[str, Any] = {
+    "dtype": "bfloat16", "required_ratio": ((2, 1.85), (3, 2.7)), "required_share": 0.95, "required_batch_gain": 10.0,
+    "cost_error": 0.15, "near_single": 0.1,
+}  # fmt: skip
+
+
+def _language_models(
+    models: Sequence[str], where: dict[str, Any], *, long: dict[str, Any] | None = None,
+    speed: dict[str, Any] | None = None,
+) -> list[Part]:  # fmt: skip
     chosen: dict[str, dict[str, Any]] = {
         "per_step": {"prompts": 1, "draws": 2_000_000},
         "certificate": {"rows": 8, "steps": 48},
@@ -150,6 +166,7 @@ def _language_models(models: Sequence[str], where: dict[str, Any], *, long: dict
             "chunks": (2, 4, 8), "batches": (1,), "timed_steps": 32,
         },
         "generation": {"steps": 16},
+        "speed": speed or {},
         "weights": {"text_bytes": 3000, "document_bytes": 300, "runs": 0},
         "long": {
             "rows": 48, "steps": 1024, "batch": 48, "window": None, "hop": None, "scored": 48, "paired": 24,
@@ -216,6 +233,7 @@ def _instruments(seed: int, *, quick: bool) -> list[Part]:
             "rows": 2000, "steps": 512, "long_steps": 100_000, "window": 1000, "waits": (100, 1000, 10_000, 100_000),
         },
         "long_coverage": {"repeats": 400},
+        "speed_forecast": {"batches": (1, 4, 16, 64, 256), "equal_sizes": (1, 2, 4)},
         "generate_judged": {"rows": 500, "assisted_rows": 30},
         "calibration": {
             "runs": 500, "zipf_runs": 80, "sequence_runs": 80, "pool_rows": 300, "two_sample_runs": 40,
@@ -243,6 +261,9 @@ def _part(name: str, tag: str, models: Sequence[str], where: dict[str, Any], **o
     # Not all take everything: the cache floor is measured in every dtype, so it has none of its own.
     taken = {field.name for field in dataclasses.fields(load("experiments", name).Config)}
     known = {option: value for option, value in where.items() if option in taken and option not in options}
+    # What an accelerator gives stands beside what a processor gives.
+    kind = where["device"].partition(":")[0]
+    tag += "" if kind == "cpu" else f"-{kind}"
     return Part(name, tag, _config(name, models=tuple(models), **known, **options))
 
 
@@ -296,6 +317,7 @@ ORDER = (
     "transform_order",
     "repairs",
     "generation",
+    "speed",
     "mixed_vocabularies",
     "tokenizer_audit",
     "weights",
@@ -306,6 +328,7 @@ ORDER = (
     "variance_reduction",
     "long_toys",
     "long_coverage",
+    "speed_forecast",
     *ABOUT_TESTS,
 )
 

@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from me_stats.divergence import LONG
+from me_stats.long_steps import LongSteps
 from me_stats.models.ensemble import chunked_paths
 
 Floats = NDArray[np.float64]
@@ -55,17 +57,28 @@ def step_scores(component_log_probs: Tensor, log_weights: Tensor, tokens: Tensor
     Leading axes are free: pass one sequence (T, K, V), one step of all (N, K, V), or everything; join the parts with
     `concatenate_rows` or `stack_steps`. It needs about 60 K V bytes a step. Negative tokens mark steps after the end,
     where laws and weights are ignored. Elsewhere they are renormalised in float64; weights broadcast, and may hold
-    -inf. Raises ValueError for shapes that do not match, token ids outside the vocabulary, NaN, or laws further than
-    1e-3 from normalised.
+    -inf. Float32 laws of `divergence.LONG` tokens or more on a processor are not widened, but summed in `long_steps`,
+    ten times as fast: sums over the vocabulary move by 1e-6, and near-ties in `below_ratio` by their tokens. Raises
+    ValueError for shapes that do not match, token ids outside the vocabulary, NaN, or laws further than 1e-3 from
+    normalised.
 
     >>> laws = torch.log(torch.tensor([[0.75, 0.25], [0.25, 0.75]]))
     >>> steps = step_scores(laws.expand(1, 3, 2, 2), torch.log(torch.tensor([0.5, 0.5])), torch.tensor([[0, 1, -1]]))
     >>> steps.score[0, :, 0].round(3).tolist(), steps.mask.tolist()
     ([0.354, -0.354, 0.0], [[True, True, False]])
     """
-    log_parts, log_w = _checked_laws(component_log_probs, log_weights, tokens)
+    weights, ended = _checked_shapes(component_log_probs, log_weights, tokens)
+    log_w = _normalised(weights, "log_weights", ended)
+    laws = component_log_probs
+    if laws.is_cpu and laws.dtype == torch.float32 and laws.shape[-1] >= LONG and tokens.numel():
+        return _long_scores(laws, log_w, tokens.to(torch.int64))
+    return _scores(laws, log_w, tokens, ended)
+
+
+def _scores(laws: Tensor, log_w: Tensor, tokens: Tensor, ended: Tensor) -> StepScores:
+    log_parts = _normalised(laws, "component_log_probs", ended[..., None])
     ids = tokens.to(log_parts.device, torch.int64)
-    ended, index = ids < 0, ids.clamp(min=0)[..., None]
+    ended, index = ended[..., 0], ids.clamp(min=0)[..., None]
     log_mix = torch.logsumexp(log_parts + log_w[..., None], dim=-2)
     p = log_mix.exp()
     finite = torch.where(p > 0, log_mix, 0.0)
@@ -162,6 +175,25 @@ def stack_steps(parts: Sequence[StepScores]) -> StepScores:
     return StepScores(**{name: np.stack([getattr(part, name) for part in parts], axis=1) for name in names})
 
 
+def _long_scores(laws: Tensor, log_w: Tensor, tokens: Tensor) -> StepScores:
+    components, vocabulary = laws.shape[-2:]
+    work, ended = LongSteps(components, vocabulary), torch.zeros(1, dtype=torch.bool)
+    zero, no = np.zeros(()), np.zeros((), dtype=bool)
+    none = StepScores(
+        np.zeros(components), np.zeros((components, components)), zero, zero, zero, zero, zero, zero, no, no
+    )
+    parts = []
+    flat = laws.reshape(-1, components, vocabulary), log_w.reshape(-1, components), tokens.reshape(-1)
+    for law, weights, token in zip(*flat, strict=True):
+        sums = work.sums(law, weights, int(token)) if token >= 0 else None
+        if token < 0:
+            parts.append(none)
+        else:
+            parts.append(_scores(law, weights, token, ended) if sums is None else StepScores(**sums))
+    joined = {entry.name: np.stack([getattr(part, entry.name) for part in parts]) for entry in fields(StepScores)}
+    return StepScores(**{name: array.reshape(*tokens.shape, *array.shape[1:]) for name, array in joined.items()})
+
+
 def _mass_before(key: Tensor, p: Tensor, index: Tensor) -> Tensor:
     own = key.gather(-1, index)
     ids = torch.arange(key.shape[-1], device=key.device)
@@ -169,17 +201,15 @@ def _mass_before(key: Tensor, p: Tensor, index: Tensor) -> Tensor:
     return torch.where(before, p, 0.0).sum(-1)
 
 
-def _checked_laws(laws: Tensor, log_weights: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+def _checked_shapes(laws: Tensor, log_weights: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Weights (..., K) beside the laws, and which steps (..., 1) come after the end."""
     if laws.ndim < 2 or tokens.shape != laws.shape[:-2]:
         raise ValueError(f"component_log_probs must be (..., K, V) for tokens (...), got {tuple(laws.shape)}")
     if log_weights.shape[-1:] != laws.shape[-2:-1]:
         raise ValueError(f"log_weights must end in K={laws.shape[-2]}, got {tuple(log_weights.shape)}")
     if (tokens.is_floating_point() and tokens.numel()) or (tokens >= laws.shape[-1]).any():
         raise ValueError(f"tokens must be integers below V={laws.shape[-1]}, negative after the end")
-    ended = (tokens < 0).to(laws.device)[..., None]
-    weights = log_weights.to(laws.device).expand(laws.shape[:-1])
-    log_parts = _normalised(laws, "component_log_probs", ended[..., None])
-    return log_parts, _normalised(weights, "log_weights", ended)
+    return log_weights.to(laws.device).expand(laws.shape[:-1]), (tokens < 0).to(laws.device)[..., None]
 
 
 def _normalised(log_p: Tensor, name: str, ended: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from numpy.typing import ArrayLike
 from me_stats.mixing import ConstantMixing
 from me_stats.models.ensemble import Ensemble
 from me_stats.samplers import MESampler, Sampler
+from me_stats.samplers.tabular import tabulate
 from me_stats.sensitivity import Estimate, Reweighted, Statistic, reweight
 from me_stats.sensitivity.readings import (
     Floats,
@@ -245,6 +246,7 @@ class _Walk:
         self.ensemble, self.prompts, self.n, self.max_new_tokens = ensemble, prompts, n, max_new_tokens
         self.seed, self.sampler, self.reference, self.targets = seed, sampler, reference, targets
         self.functions = functions
+        self._tables = tabulate(ensemble) is not None  # tables are written, and counted, step by step
         self.sources = [reference]
         self._traces: dict[Weights, Trace] = {}
         self._values: dict[Weights, dict[str, Floats]] = {}
@@ -287,7 +289,7 @@ class _Walk:
             gradients["nll"] = slopes
         cost = {
             "switches_per_token": 1.0 - sum(weight**2 for weight in weights),
-            "forwards_per_token": forwards_per_token(weights, lengths),
+            "forwards_per_token": forwards_per_token(weights, lengths, lockstep=self._tables),
         }
         if at.drawn:
             cost["forwards_per_token_measured"] = trace.cost.forwards / float(lengths.sum())

@@ -49,6 +49,7 @@ def test_module_runs_as_a_program(argument: str, expected: str) -> None:
         ("sweep",),
         ("long",),
         ("compare",),
+        ("bench",),
         ("tokenizers",),
         ("models", "list"),
         ("models", "pull"),
@@ -66,7 +67,8 @@ def test_help_of_every_command_has_an_example(run: Run, command: tuple[str, ...]
 def test_every_command_is_in_the_help(run: Run) -> None:
     functions = {command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None}
     commands = {name.replace("_", "-") for name in functions}
-    assert commands == {"reproduce", "report", "fit-lambda", "sweep", "long", "compare", "tokenizers", "train-router"}
+    known = {"reproduce", "report", "fit-lambda", "sweep", "long", "compare", "tokenizers", "train-router", "bench"}
+    assert commands == known
     text = run("--help").out
     assert all(name in text for name in (*commands, "models"))
 
@@ -302,9 +304,9 @@ def test_report_reads_records_and_runs_nothing(run: Run, instant: list[str], tmp
             "me-stats reproduce --quick --dtype bfloat16 --seed 3 --only per_step-siblings",
         ),
         (
-            "cache_floor-org_a+org_b",
+            "cache_floor-org_a+org_b-cuda",
             {"models": ["org/a", "org/b"], "device": "cuda"},
-            "me-stats reproduce --device cuda --models org/a org/b --only cache_floor-org_a+org_b",
+            "me-stats reproduce --device cuda --models org/a org/b --only cache_floor-org_a+org_b-cuda",
         ),
         ("sequences-smollm2-135m", {}, "me-stats reproduce --only sequences-smollm2-135m"),
         ("per_step-bundled_code", {"models": ["bundled:code"]}, "--models bundled:code --only per_step-bundled_code"),

@@ -140,6 +140,82 @@ def test_float32_rounding_does_not_make_kl_negative_or_first_order() -> None:
     assert tv_distance(rounded, exact).max() < 1e-6
 
 
+# --- long float32 laws ---------------------------------------------------------------------------------------
+
+
+def long_pair(seed: int, gap: float, *, spread: float = 3.0, size: int = 20_001) -> tuple[Tensor, Tensor]:
+    """Float32 log-probabilities (4, V) of laws whose log-ratio has scale `gap`."""
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(4, size, generator=generator, dtype=torch.float64) * spread
+    moved = logits + gap * torch.randn(4, size, generator=generator, dtype=torch.float64)
+    return logits.log_softmax(-1).float(), moved.log_softmax(-1).float()
+
+
+def extended(log_p: Tensor, log_q: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """TV and KL from 64-bit mantissas, KL without cancellation: Σ p (r + expm1(−r))."""
+    one, other = log_p.numpy().astype(np.longdouble), log_q.numpy().astype(np.longdouble)
+    ratio = one - other
+    series = ratio**2 / 2 - ratio**3 / 6 + ratio**4 / 24
+    gap = np.where(np.abs(ratio) < 1e-4, series, ratio + np.expm1(-ratio))
+    tv, kl = np.abs(np.exp(one) - np.exp(other)).sum(-1) / 2, (np.exp(one) * gap).sum(-1)
+    return tv.astype(np.float64), kl.astype(np.float64)
+
+
+@pytest.mark.parametrize("gap", [1e-6, 1e-4, 1e-2, 0.1, 0.3, 1.0, 3.0])
+@pytest.mark.parametrize("spread", [0.0, 1.0, 3.0, 8.0])
+def test_long_float32_laws_lose_nothing_that_their_rounding_left(gap: float, spread: float) -> None:
+    log_p, log_q = long_pair(1, gap, spread=spread)
+    tv, kl = extended(log_p, log_q)
+    size = float((-log_p[log_p.exp() > 0] * log_p[log_p.exp() > 0].exp()).sum()) / 4  # E |log p|
+    bound = 2.0**-23 * (size + 2)  # what rounding log p to float32 may have moved already
+    np.testing.assert_allclose(tv_distance(log_p, log_q), tv, rtol=1e-9 if tv.max() < 5e-3 else 0.0, atol=bound)
+    found = kl_divergence(log_p, log_q)
+    if kl.max() < 5e-3:  # second order: all digits, down to gaps of one unit in the last place
+        np.testing.assert_allclose(found, kl, rtol=1e-6, atol=1e-15)
+    np.testing.assert_allclose(found, kl, rtol=0.0, atol=bound * (1 + 2 * math.sqrt(kl.max()) + kl.max()))
+    assert np.asarray(found).min() >= 0
+
+
+def test_close_laws_need_the_second_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_p, log_q = long_pair(2, 1e-6)
+    kl = extended(log_p, log_q)[1]
+    monkeypatch.setattr(divergence, "FLOOR", -INF)
+    assert (np.abs(np.asarray(kl_divergence(log_p, log_q)) - kl) > 100 * kl).any()
+
+
+def test_long_float32_laws_keep_their_infinities() -> None:
+    log_p, log_q = long_pair(3, 1.0)
+    log_p[0, :9000], log_q[1, 100:10_000] = -INF, -INF  # q may be larger, p escapes
+    log_p[2, 5:], log_q[2, :5], log_q[2, 6:] = -INF, -INF, -INF  # disjoint
+    log_p, log_q = log_p.log_softmax(-1), log_q.log_softmax(-1)
+    tv, kl = tv_distance(log_p, log_q), kl_divergence(log_p, log_q)
+    assert torch.equal(kl.isinf(), torch.tensor([False, True, True, False]))
+    np.testing.assert_allclose(kl, kl_divergence(log_p.double(), log_q.double()), rtol=1e-5)
+    np.testing.assert_allclose(tv, tv_distance(log_p.double(), log_q.double()), atol=1e-6)
+    assert tv[2] == pytest.approx(1.0, abs=1e-6)
+    assert tv_distance(log_p, log_p).tolist() == kl_divergence(log_q, log_q).tolist() == [0.0] * 4
+
+
+@pytest.mark.parametrize("function", [tv_distance, kl_divergence])
+def test_a_row_does_not_depend_on_the_rows_beside_it(function: Divergence, monkeypatch: pytest.MonkeyPatch) -> None:
+    log_p, log_q = long_pair(4, 0.5)
+    log_q[1] = log_p[1]
+    whole = function(log_p, log_q)
+    monkeypatch.setattr(divergence, "FLOAT32_BLOCK", 1)
+    assert torch.equal(function(log_p, log_q), whole)
+    assert torch.equal(function(log_p[1:3], log_q[1:3]), whole[1:3])
+    assert torch.equal(function(log_p.T, log_q.T, axis=0), whole)
+    assert whole[1] == 0.0
+
+
+@pytest.mark.parametrize("function", [tv_distance, kl_divergence])
+def test_long_float32_rows_that_are_no_laws_are_refused(function: Divergence) -> None:
+    log_p, log_q = long_pair(5, 1.0)
+    for bad in (log_q + 0.01, log_q.index_fill(1, torch.tensor([7]), math.nan)):
+        with pytest.raises(ValueError, match="log_q is not a law"):
+            function(log_p, bad)
+
+
 # --- properties ------------------------------------------------------------------------------------------------
 
 
@@ -203,7 +279,7 @@ def test_blocks_do_not_change_the_answer_and_stay_small(function: Divergence, mo
     monkeypatch.setattr(divergence, "CPU_BLOCK", 100)
     largest = []
     check = divergence._check_law
-    monkeypatch.setattr(divergence, "_check_law", lambda n, p, d: (largest.append(p.numel()), check(n, p, d))[1])
+    monkeypatch.setattr(divergence, "_check_law", lambda n, t, d: (largest.append(40 * len(t)), check(n, t, d))[1])
     np.testing.assert_allclose(function(log_p, log_q), whole, rtol=1e-12)
     assert max(largest) <= 100
     # A row longer than a block is still done, alone.

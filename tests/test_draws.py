@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from scipy import stats
 from torch import Tensor
 
-from me_stats.draws import BLOCK, RowStreams, Stream, inverse_cdf, inverse_cdf_error
+from me_stats import draws
+from me_stats.draws import BLOCK, PIECE, RowStreams, Stream, inverse_cdf, inverse_cdf_error
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Ensemble, TableModel
 from me_stats.samplers import CESampler, MESampler
@@ -80,6 +82,74 @@ def test_its_error_bounds_what_it_really_draws(log_law: Tensor) -> None:
         widths = torch.diff(high, prepend=torch.zeros(1, dtype=torch.float64))
         assert float((widths - law.double().softmax(-1)).abs().sum()) / 2 <= float(error) + 1e-15
         assert float(error) < 1e-6
+
+
+# --- long laws, searched piece by piece --------------------------------------------------------------
+
+
+def long_laws(seed: int, size: int, *, holes: bool = True) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    logits = 4 * torch.randn(5, size, generator=generator)
+    if holes:
+        logits[1, 10:-10], logits[2, : size // 2], logits[3, PIECE - 1 :] = -torch.inf, -torch.inf, -torch.inf
+        logits[4] = logits[4].masked_fill(torch.rand(size, generator=generator) < 0.9, -torch.inf)
+    return logits.log_softmax(-1)
+
+
+@pytest.mark.parametrize("size", [PIECE + 1, 3 * PIECE, 20_001])
+def test_long_laws_are_drawn_as_by_one_sum_over_all(size: int) -> None:
+    log_law = long_laws(size, size)
+    cdf = edges_of(log_law)
+    inner = cdf[:, :: max(1, size // 200)].reshape(-1)
+    u = torch.cat([torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(1)), inner])
+    u = torch.cat([u.clamp(max=ALMOST_ONE), torch.tensor([0.0, 2**-53, ALMOST_ONE])])
+    index = torch.arange(len(u)) % len(cdf)
+    token = inverse_cdf(log_law, u, index=index)
+    assert bool((log_law[index, token] > -torch.inf).all())
+    target = u * cdf[index, -1]
+    low = torch.where(token > 0, cdf[index, (token - 1).clamp(min=0)], 0.0)
+    slack = 2.0**-53 * size**0.5  # two orders of one sum
+    assert bool(((low - slack <= target) & (target <= cdf[index, token] + slack)).all())
+    clear = ((target - low > slack) & (cdf[index, token] - target > slack))[:1000]
+    assert int(clear.sum()) > 990
+    assert torch.equal(
+        torch.searchsorted(cdf[index], target[:, None], right=True)[:1000, 0][clear], token[:1000][clear]
+    )
+
+
+def test_a_long_row_does_not_depend_on_the_rows_beside_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    log_law = long_laws(2, 20_001)
+    index = torch.arange(2000) % len(log_law)
+    u = torch.rand(2000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+    together = inverse_cdf(log_law, u, index=index)
+    assert torch.equal(inverse_cdf(log_law[index[:50]], u[:50]), together[:50])
+    monkeypatch.setattr(draws, "_SPACE", PIECE)
+    assert torch.equal(inverse_cdf(log_law, u, index=index), together)
+
+
+@pytest.mark.parametrize("size", [PIECE + 1, 4 * PIECE - 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_error_of_long_laws_bounds_what_is_really_drawn(size: int, dtype: torch.dtype) -> None:
+    for law, error in zip(long_laws(4, size).to(dtype), inverse_cdf_error(long_laws(4, size).to(dtype)), strict=True):
+        low, high = torch.zeros(size, dtype=torch.float64), torch.ones(size, dtype=torch.float64)
+        everywhere = torch.zeros(size, dtype=torch.int64)
+        for _ in range(55):
+            middle = (low + high) / 2
+            beyond = inverse_cdf(law[None], middle.clamp(max=ALMOST_ONE), index=everywhere) > torch.arange(size)
+            low, high = torch.where(beyond, low, middle), torch.where(beyond, middle, high)
+        widths = torch.diff(high, prepend=torch.zeros(1, dtype=torch.float64))
+        assert float((widths - law.double().softmax(-1)).abs().sum()) / 2 <= float(error) + 1e-15
+        assert float(error) < 1e-6
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_long_laws_that_cannot_be_drawn_from_are_refused(bad: float) -> None:
+    log_law = long_laws(5, 2000)
+    log_law[3, 700] = bad
+    with pytest.raises(ValueError, match="has a NaN or no token with positive probability"):
+        inverse_cdf(log_law, torch.zeros(5, dtype=torch.float64))
+    with pytest.raises(ValueError, match="has a NaN or no token with positive probability"):
+        inverse_cdf(torch.full((1, 2000), -math.inf), torch.zeros(1, dtype=torch.float64))
 
 
 def test_a_law_of_the_smallest_float_is_still_drawn_from_its_support() -> None:
@@ -239,6 +309,31 @@ def test_what_was_asked_before_and_beside_does_not_matter(
     for rows, step, stream in asked:
         values = streams.uniforms(np.array(rows), step, stream=stream)
         assert values.tolist() == [by_definition(seed, row, step, stream) for row in rows]
+
+
+@given(
+    seeds,
+    st.lists(
+        st.tuples(
+            st.lists(st.tuples(st.integers(0, 40), st.integers(0, 70)), min_size=1, max_size=12),
+            st.one_of(st.none(), st.integers(0, 60)),
+        ),
+        max_size=8,
+    ),
+)
+def test_a_step_for_each_row(seed: int, asked: list[tuple[list[tuple[int, int]], int | None]]) -> None:
+    # Rows that stand at different steps, with calls of one step for all between them; rows may repeat.
+    streams = RowStreams(seed)
+    for addresses, together in asked:
+        rows, steps = np.array(addresses).T
+        if together is not None:
+            steps = np.full(len(rows), together)
+        values = streams.uniforms(rows, steps if together is None else together, stream="token")
+        assert values.tolist() == [by_definition(seed, *address, "token") for address in zip(rows, steps, strict=True)]
+    law = torch.tensor([[0.25, 0.25, 0.5]]).log().expand(3, -1)
+    rows, steps = np.array([4, 1, 4]), np.array([3, 40, 17])
+    one_by_one = [streams(law[:1], rows[i : i + 1], int(steps[i]), stream="token") for i in range(3)]
+    assert torch.equal(streams(law, rows, steps, stream="token"), torch.cat(one_by_one))
 
 
 def test_no_rows_no_numbers() -> None:

@@ -90,7 +90,15 @@ def test_scripts_have_docstrings(folder: str) -> None:
 
 # Documents
 
-DOCUMENTS = ("README.md", "CONTRIBUTING.md", "docs/testing.md", "docs/mixing.md", "docs/long.md", "docs/orders.md")
+DOCUMENTS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "docs/testing.md",
+    "docs/mixing.md",
+    "docs/long.md",
+    "docs/orders.md",
+    "docs/speed.md",
+)
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

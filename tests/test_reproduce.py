@@ -19,7 +19,7 @@ from tests import tiny
 
 EXPERIMENTS = list(tiny.OPTIONS)
 # After the toys: what runs on any models, on models of several vocabularies, on the siblings alone, on our tests.
-ON_MODELS, ON_SEVERAL, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:8], EXPERIMENTS[8:10], EXPERIMENTS[10:16], EXPERIMENTS[16:]
+ON_MODELS, ON_SEVERAL, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:9], EXPERIMENTS[9:11], EXPERIMENTS[11:17], EXPERIMENTS[17:]
 # What runs on models of several vocabularies besides.
 ON_STRINGS = ["per_step", "certificate", "sequences", "transform_order", *ON_SEVERAL]
 PLANNED = [part.experiment for part in job.plan(quick=True)]
@@ -73,7 +73,8 @@ def test_quick_plan_needs_no_download() -> None:
 def test_default_plan_adds_the_language_model() -> None:
     parts = job.plan()
     added = [part for part in parts if part.tag.startswith("smollm2-135m")]
-    assert [part.name for part in parts if part not in added] == [part.name for part in job.plan(quick=True)]
+    quick = [part.name for part in job.plan(quick=True)]
+    assert [part.name for part in parts if part not in added] == [name for name in quick if name != "speed-siblings"]
     alone = [part for part in added if part.config.models == job.LANGUAGE_MODEL]
     assert sorted(part.experiment for part in alone) == sorted([*ON_MODELS, "weights", "long"])
     mixed = [part for part in added if part not in alone]
@@ -82,8 +83,8 @@ def test_default_plan_adds_the_language_model() -> None:
 
 
 def test_quick_is_smaller_not_other() -> None:
-    full = {part.name: part.config for part in job.plan()}
-    for part in job.plan(quick=True):
+    full = {part.name: part.config for part in (*job.plan(), *job.plan(models=SIBLINGS))}
+    for part in (part for part in job.plan(quick=True) if part.name != "speed-siblings"):
         assert part.config != full[part.name]
         assert part.key != job.Part(part.experiment, part.tag, full[part.name]).key
         for size in ("prompts", "draws", "rows", "coupled_rows", "steps", "repeats"):
@@ -95,7 +96,7 @@ def test_quick_is_smaller_not_other() -> None:
 def test_models_replace_the_default_sets() -> None:
     parts = job.plan(models=["org/a", "org/b:c"], dtype="bfloat16", device="cuda:1", seed=7)
     assert parts[0].name == "toy_equivalence"
-    assert {part.tag for part in parts[1:]} == {"org_a+org_b_c"}
+    assert {part.tag for part in parts[1:]} == {"org_a+org_b_c-cuda"}
     for part in parts[1:]:
         assert part.config.models == ("org/a", "org/b:c")
         assert part.config.device == "cuda:1"

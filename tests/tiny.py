@@ -30,6 +30,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "chunks": (1, 4), "batches": (1, 4), "timed_steps": 24, "repeats": 1,
     },
     "generation": {"batches": (1, 64), "steps": 24, "repeats": 1},
+    "speed": {
+        "models": SIBLINGS, "dtype": "float32", "components": (1, 2), "batches": (1, 4), "steps": 6, "batch_steps": 4,
+        "prompt_length": 6, "rounds": 2, "spans": (1, 2, 4), "contexts": (6, 16), "curve_dtypes": (),
+        "arms": ("single", "CE", "ME", "ME lockstep", "ME shared", "CE top-k", "speculative"),
+    },
     "mixed_vocabularies": {"rows": 1, "steps": 16, "tested": 8, "tested_steps": 16, "bytes": 12},
     "tokenizer_audit": {
         "models": SIBLINGS, "tokenizers": (), "files": (), "planted": True, "rows": 4, "steps": 12,
@@ -59,6 +64,10 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "test_rows": 200, "test_level": 1e-3,
     },
     "long_coverage": {"repeats": 120, "steps": 224, "pairs": 2000, "many": 600},
+    "speed_forecast": {
+        "groups": ("qwen", "mixed"), "batches": (1, 8, 32), "steps": 64, "overheads": (0.05, 0.5),
+        "equal_sizes": (1, 3), "launches": (0.0, 0.02),
+    },
     "generate_judged": {"prompts": 1, "rows": 600, "assisted_rows": 30, "steps": 16},
     "calibration": {
         "runs": 450, "zipf_runs": 30, "sequence_runs": 48, "pool_rows": 96, "two_sample_runs": 12, "far_runs": 4000,
@@ -81,6 +90,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 # Experiments whose planted bugs and progress have a test file of their own.
 APART = {
+    "speed": "test_speed.py",
     "calibration": "test_calibration.py",
     "tv_bounds": "test_tv_bounds.py",
     "certificate": "test_certificate.py",
@@ -99,6 +109,7 @@ APART = {
     "variance_reduction": "test_variance_reduction.py",
     "long_toys": "test_long_toys.py",
     "long_coverage": "test_long_coverage.py",
+    "speed_forecast": "test_speed_forecast.py",
 }
 
 

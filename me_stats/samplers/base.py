@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from me_stats.devices import on_device
 from me_stats.draws import Draw, RowStreams
 from me_stats.models.base import Cost, Session, open_session, require_language_model
 from me_stats.models.conditioned import Conditioned
@@ -22,7 +23,7 @@ from me_stats.vocabulary import Prompt, as_prompts
 
 # Rows that ended are dropped when their tokens reach the host. On an accelerator that copy stalls the
 # queue, so it happens once in this many steps; the surplus tokens of ended rows are discarded.
-_STEPS_BETWEEN_COMPACTIONS = 16
+STEPS_BETWEEN_COMPACTIONS = 16
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Batch:
         if len(first) == len(positions):
             return session.log_probs(positions), None
         laws = session.log_probs(positions[first])
-        return laws, torch.from_numpy(index).to(laws.device)
+        return laws, on_device(index, laws.device)
 
 
 class Sampler(ABC):
@@ -233,10 +234,9 @@ class StepSampler(Sampler):
                 break
             session.append(active, tokens)
             if self.model.vocabulary.eos:
-                eos = torch.tensor(self.model.vocabulary.eos, device=tokens.device)
-                now = torch.isin(tokens, eos)
+                now = torch.isin(tokens, on_device(np.array(self.model.vocabulary.eos), tokens.device))
                 ended = now if ended is None else ended | now
-                if tokens.is_cpu or (step + 1) % _STEPS_BETWEEN_COMPACTIONS == 0:
+                if tokens.is_cpu or (step + 1) % STEPS_BETWEEN_COMPACTIONS == 0:
                     active = active[~ended.cpu().numpy()]
                     ended = None
                     if not len(active):

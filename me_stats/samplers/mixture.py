@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from me_stats.draws import Draw
+from me_stats.devices import on_device
+from me_stats.draws import BLOCK, Draw, RowStreams
+from me_stats.mixing import ConstantMixing
+from me_stats.models.base import Cost, open_session
 from me_stats.models.ensemble import Ensemble, EnsembleSession
 from me_stats.models.joint import JointTransform
 from me_stats.models.warped import Warp, Warped
 from me_stats.samplers import tabular
-from me_stats.samplers.base import Batch, StepSampler
+from me_stats.samplers.base import STEPS_BETWEEN_COMPACTIONS, Batch, StepSampler
+from me_stats.schedule import Schedule
 
 
 class MESampler(StepSampler):
@@ -21,6 +26,10 @@ class MESampler(StepSampler):
 
     The token's law given the prefix is :math:`\sum_i w_i P_i`, the law that `CESampler` draws from, at one
     model run per token instead of K. Components that were not drawn catch up when they are.
+
+    With constant weights the components of all rows and steps are drawn before they are needed, and rows of a batch
+    drift apart: a component runs when enough rows wait for it (`me_stats.schedule`). The tokens are those of a run in
+    lockstep, row by row.
 
     Parameters
     ----------
@@ -32,7 +41,11 @@ class MESampler(StepSampler):
         over them is worth fewer rows (`dependence.design_effect`), and tests that count rows refuse them (see
         `me_stats.trace`). With constant weights a group runs one component a step: B rows that are one batch
         (``batch_size=B``) cost one forward a step, where B rows with draws of their own cost
-        :math:`\sum_i 1 - (1-λ_i)^B`, a component's first read of a prompt aside.
+        :math:`\sum_i 1 - (1-λ_i)^B` in lockstep and about :math:`(1 + (\sum_i \sqrt{λ_i})^2)/2` of them if B is
+        large and rows drift apart, a component's first read of a prompt aside.
+    lockstep
+        Keep all rows of a batch at the same step: the same tokens, more forwards. A router's weights, a subclass that
+        chooses in its own way and a `draw` that is no `RowStreams` ask for it anyway; tables count forwards as if so.
 
     Raises
     ------
@@ -47,21 +60,23 @@ class MESampler(StepSampler):
     >>> from me_stats.models import MarkovModel
     >>> toy = Ensemble([MarkovModel.random(3, seed=s) for s in (0, 1)], ConstantMixing([0.5, 0.5]))
     >>> given = dict(n=32, max_new_tokens=100, batch_size=32)
-    >>> [MESampler(toy, shared_rows=b).sample([0], **given).cost.forwards for b in (1, 32)]
+    >>> [MESampler(toy, shared_rows=b, lockstep=True).sample([0], **given).cost.forwards for b in (1, 32)]
     [200, 100]
+    >>> MESampler(toy).sample([0], **given).cost.forwards
+    157
     """
 
-    def __init__(self, ensemble: Ensemble, *, shared_rows: int = 1) -> None:
+    def __init__(self, ensemble: Ensemble, *, shared_rows: int = 1, lockstep: bool = False) -> None:
         if not isinstance(ensemble, Ensemble):
             raise TypeError(_refusal(type(self).__name__, ensemble))
         if not isinstance(shared_rows, (int, np.integer)) or shared_rows < 1:
             raise ValueError(f"shared_rows must be an integer of at least 1, got {shared_rows!r}")
         super().__init__(ensemble)
-        self.shared_rows = int(shared_rows)
+        self.shared_rows, self.lockstep = int(shared_rows), bool(lockstep)
 
     def __repr__(self) -> str:
-        shown = super().__repr__()
-        return shown if self.shared_rows == 1 else f"{shown[:-1]}, shared_rows={self.shared_rows})"
+        options = f", shared_rows={self.shared_rows}" * (self.shared_rows > 1) + ", lockstep=True" * self.lockstep
+        return f"{super().__repr__()[:-1]}{options})"
 
     def _plan(self) -> tabular.Plan | None:
         return tabular.Plan.ancestral(self.model, shared_rows=self.shared_rows)
@@ -90,8 +105,110 @@ class MESampler(StepSampler):
                 places.append(mine)
         if len(parts) == 1:
             return parts[0], chosen
-        back = torch.from_numpy(np.argsort(np.concatenate(places), kind="stable")).to(parts[0].device)
+        back = on_device(np.argsort(np.concatenate(places), kind="stable"), parts[0].device)
         return torch.cat([part.to(parts[0].device) for part in parts])[back], chosen
+
+    def _run_batch(
+        self,
+        prompts: list[tuple[int, ...]],
+        prompt_index: np.ndarray,
+        numbers: np.ndarray,
+        max_new_tokens: int,
+        draw: Draw,
+        progress: Callable[[int], None] | None,
+    ) -> tuple[Tensor, Tensor | None, Cost]:
+        alone = len(numbers) == 1 or max_new_tokens == 1
+        # Another draw, such as one that enumerates, may count on steps that come in order.
+        if alone or not self._drifts() or type(draw) is not RowStreams:
+            return super()._run_batch(prompts, prompt_index, numbers, max_new_tokens, draw, progress)
+        session = open_session(self.model, [prompts[p] for p in prompt_index], max_new_tokens=max_new_tokens)
+        assert isinstance(session, EnsembleSession)
+        drift = _Drift(Batch(session, numbers, prompt_index), draw, self, max_new_tokens)
+        while (count := drift.serve()) > 0:
+            if progress is not None:
+                progress(count)
+        return *drift.grids(), session.cost
+
+    def _drifts(self) -> bool:
+        """Whether components can be drawn ahead: the weights are constant, and the class draws and steps as ME does."""
+        own = (type(self)._step, type(self)._components) == _OWN_CHOICE
+        return own and not self.lockstep and type(self.model.mixing) is ConstantMixing
+
+
+# What the rows that drift do in their own order; a class, or a planted bug, that does something else steps in lockstep.
+_OWN_CHOICE = (MESampler._step, MESampler._components)
+
+
+class _Drift:
+    """A batch whose rows advance on their own, each when the component that it waits for runs."""
+
+    def __init__(self, batch: Batch, draw: RowStreams, sampler: MESampler, steps: int) -> None:
+        assert isinstance(batch.session, EnsembleSession)
+        self.batch, self.session, self.draw, self.steps = batch, batch.session, draw, steps
+        self.groups = batch.rows // sampler.shared_rows
+        self.log_weights = sampler.model.mixing.log_weights([()])
+        self.narrow = np.min_scalar_type(-self.log_weights.shape[1])
+        self.known = min(steps, BLOCK)
+        self.schedule = Schedule(self._drawn_ahead(0, self.known), horizon=steps)
+        self.eos = np.array(sampler.model.vocabulary.eos, dtype=np.int64)
+        self.ended: Tensor | None = None
+        self.alive, self.unchecked = len(batch.rows), 0
+        self.written: list[tuple[np.ndarray, Tensor]] = []
+        self.components = np.full((len(batch.rows), steps), -1, dtype=np.int64)
+
+    def _drawn_ahead(self, start: int, stop: int) -> np.ndarray:
+        """Components (N, stop - start) of all rows."""
+        shape = (len(self.groups), stop - start)
+        rows, steps = np.repeat(self.groups, shape[1]), np.tile(np.arange(start, stop), shape[0])
+        index = torch.zeros(len(rows), dtype=torch.int64)
+        drawn = self.draw(self.log_weights, rows, steps, stream="component", index=index)
+        return drawn.numpy().astype(self.narrow).reshape(shape)
+
+    def serve(self) -> int:
+        """Run the component that is next, and write a token to each row that waits for it; how many, 0 at the end."""
+        served = self.schedule.next()
+        if served is None:
+            return 0
+        rows, steps, first = served.rows, served.steps, not served.steps.any()
+        laws, index = self.batch.read(self.session.components[served.component], rows, 0 if first else 1)
+        tokens = self.draw(laws, self.batch.rows[rows], 0 if first else steps, stream="token", index=index)
+        self.written.append((rows * self.steps + steps, tokens))
+        self.components[rows, steps] = served.component
+        furthest = int(steps.max()) + 1
+        if furthest < self.steps:
+            self.session.append(rows, tokens)
+        elif len(on := np.flatnonzero(steps + 1 < self.steps)):
+            self.session.append(rows[on], tokens[on_device(on, tokens.device)])
+        if len(self.eos):
+            self._end(rows, tokens)
+        if furthest == self.known < self.steps:
+            start, self.known = self.known, min(self.steps, self.known + BLOCK)
+            self.schedule.extend(self._drawn_ahead(start, self.known))
+        return len(rows)
+
+    def _end(self, rows: np.ndarray, tokens: Tensor) -> None:
+        """Take out the rows that ended; on an accelerator once in so many tokens a row, as it waits for the queue."""
+        now = torch.isin(tokens, on_device(self.eos, tokens.device))
+        if tokens.is_cpu:
+            self.schedule.end(rows[now.numpy()])
+            return
+        if self.ended is None:
+            self.ended = torch.zeros(len(self.batch.rows), dtype=torch.bool, device=tokens.device)
+        self.ended[on_device(rows, self.ended.device)] |= now.to(self.ended.device)
+        self.unchecked += len(rows)
+        if self.unchecked >= STEPS_BETWEEN_COMPACTIONS * self.alive:
+            ended = self.ended.cpu().numpy()
+            self.schedule.end(np.flatnonzero(ended))
+            self.alive, self.unchecked = int((~ended).sum()), 0
+
+    def grids(self) -> tuple[Tensor, Tensor]:
+        """Tokens and components (N, T), -1 where none were written."""
+        grid = torch.full((self.components.size,), -1, dtype=torch.int64)
+        device = self.written[0][1].device
+        # One copy to the host for the whole batch.
+        flat = torch.cat([tokens.to(device) for _, tokens in self.written]).cpu()
+        grid[torch.from_numpy(np.concatenate([places for places, _ in self.written]))] = flat
+        return grid.view(self.components.shape), torch.from_numpy(self.components)
 
 
 def _refusal(sampler: str, model: object) -> str:

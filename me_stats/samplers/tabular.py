@@ -24,7 +24,8 @@ from me_stats.models.warped import Warped
 
 _MAX_ENTRIES = 1 << 20  # probabilities in all tables together; the guide of larger ones would leave every cache
 MIN_TOKENS = 256  # fewer than these are written sooner by the general loop than a guide is built
-_CHUNK = 8192  # rows whose state stays in the second-level cache
+_MAX_CELLS = 1 << 20  # of a guide; a larger one costs more to reach than the search that it saves
+_CHUNK = 4096  # rows whose state stays in the second-level cache
 
 
 def tabulate(model: Any) -> TableModel | None:
@@ -122,12 +123,13 @@ class Plan:
         # A place is a flat index into (K, S, V); a base is where a state's cells begin in the guide.
         every_state, every_token = np.divmod(np.arange(n_states * size), size)
         base_after = np.tile(first.next_states(every_state, every_token) * look_up.cells, len(self.tables))
-        token_at = np.tile(every_token, len(self.tables))
+        token_at = np.tile(every_token, len(self.tables)).astype(np.int32)
         base_at_start = first.states_of(prompts)[prompt_index] * look_up.cells
         tokens = np.full((len(rows), max_new_tokens), -1, dtype=np.int64)
         components = None if pick is None else np.full_like(tokens, -1)
         streams = RowStreams(seed)
         order = np.argsort(rows, kind="stable")
+        in_order = bool((np.diff(rows) >= 0).all())
         for begin in range(0, len(rows), _CHUNK):
             mine = order[begin : begin + _CHUNK]
             base, path = base_at_start[mine], np.zeros((BLOCK, len(mine)), dtype=np.int64)
@@ -138,17 +140,21 @@ class Plan:
                     chosen = np.ascontiguousarray(streams.integers(groups, block, stream="component").T)
                     path = pick.find(chosen >> pick.shift, chosen)
                     path = path if self.redraw else np.tile(path[0], (BLOCK, 1))
-                cell = (integers >> look_up.shift) + path * (n_states * look_up.cells)
+                cell = integers >> look_up.shift
+                if pick is not None:
+                    cell += path * (n_states * look_up.cells)
                 steps = min(BLOCK, max_new_tokens - block * BLOCK)
-                place = np.empty((steps, len(mine)), dtype=np.int64)
+                place = np.empty((steps, len(mine)), dtype=np.int32)
                 for step in range(steps):
-                    place[step] = look_up.find(cell[step] + base, integers[step])
+                    place[step] = look_up.find(np.add(cell[step], base, out=cell[step]), integers[step])
                     base = base_after.take(place[step])
                 span = slice(block * BLOCK, block * BLOCK + steps)
                 written = token_at.take(place)
-                tokens[mine, span] = written.T
+                # A run of rows is written as a slice, at half the cost.
+                places = slice(mine[0], mine[-1] + 1) if len(mine) == mine[-1] + 1 - mine[0] and in_order else mine
+                tokens[places, span] = written.T
                 if components is not None:
-                    components[mine, span] = path[:steps].T
+                    components[places, span] = path[:steps].T
                 if progress is not None:
                     progress(written.size)
                 if len(eos):
@@ -184,16 +190,17 @@ class _Guide:
         n_laws, size = log_laws.shape
         # 16 to 32 cells per outcome leave few cells with two, but a guide larger than its use costs more.
         bits = (16 * size - 1).bit_length()
-        while bits > 2 and n_laws << bits > max(work, 1 << 12):
+        while bits > 2 and n_laws << bits > min(max(work, 1 << 12), _MAX_CELLS):
             bits -= 1
         self.cells, self.shift = 1 << bits, UNIFORM_BITS - bits
-        passed = torch.from_numpy(_first_integers(log_laws.exp().cumsum(-1, dtype=torch.float64).numpy()))
-        left = (torch.arange(self.cells) << self.shift).expand(n_laws, -1).contiguous()
-        start = torch.searchsorted(passed, left, right=True).numpy()
-        stop = torch.searchsorted(passed, left + ((1 << self.shift) - 1), right=True).numpy()
-        place = start + np.arange(n_laws)[:, None] * size
-        self._guide = np.where(start == stop, place, ~place).reshape(-1)
-        self._passed = passed.numpy().reshape(-1)
+        passed = _first_integers(log_laws.exp().cumsum(-1, dtype=torch.float64).numpy())
+        # The first cell that begins past each entry; `start` counts the entries that a cell's beginning has passed.
+        behind = np.clip(-(-passed >> self.shift), 0, self.cells) + np.arange(n_laws)[:, None] * (self.cells + 1)
+        start = np.bincount(behind.reshape(-1), minlength=n_laws * (self.cells + 1)).reshape(n_laws, -1).cumsum(1)
+        start[:, -1] = (passed < 1 << UNIFORM_BITS).sum(1)
+        place = (start[:, :-1] + np.arange(n_laws)[:, None] * size).astype(np.int32)
+        self._guide = np.where(start[:, :-1] == start[:, 1:], place, ~place).reshape(-1)
+        self._passed = passed.reshape(-1)
 
     def find(self, cell: np.ndarray, integers: np.ndarray) -> np.ndarray:
         """Places of the outcomes, shaped as `cell`."""

@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from me_stats.mixing import ConstantMixing
 from me_stats.models.ensemble import chunked_paths
+from me_stats.schedule import serves
 from me_stats.sensitivity.estimate import Estimate, mean_estimate, normal_estimate
 from me_stats.trace import Trace
 
@@ -100,8 +101,15 @@ def tokens_forwarded(trace: Trace, weights: Weights) -> Floats:
     return total
 
 
-def forwards_per_token(weights: Weights, lengths: Floats) -> float:
-    """Expected ME forwards a token, all rows in one batch: a step runs every component that some row draws."""
+def forwards_per_token(weights: Weights, lengths: Floats, *, lockstep: bool = False) -> float:
+    """ME forwards a token, all rows in one batch: expected in lockstep, else of one simulated `schedule`.
+
+    In lockstep a step runs every component that some row draws.
+    """
+    if not lockstep:
+        steps = int(lengths.max(initial=0))
+        path = np.random.default_rng(0).choice(len(weights), (len(lengths), steps), p=weights)
+        return sum(1 for _ in serves(path, lengths=lengths.astype(np.int64))) / float(lengths.sum())
     alive = np.array([(lengths > step).sum() for step in range(int(lengths.max(initial=0)))], dtype=np.float64)
     runs = sum(1.0 - (1.0 - weight) ** alive for weight in weights)
     return float(np.sum(runs) / alive.sum())

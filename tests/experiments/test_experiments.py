@@ -77,6 +77,7 @@ def test_findings_say_how_far_to_trust_them(name: str) -> None:
         "generation",
         "tokenizer_audit",
         "sensitivity",
+        "speed_forecast",
         "generate_judged",
         "calibration",
         "tv_bounds",

@@ -1,4 +1,4 @@
-"""The fast path of tables against the general loop: the same tokens, components and cost."""
+"""The fast path of tables against the general loop in lockstep: the same tokens, components and cost."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ SAMPLERS: dict[str, Callable[[Any], Sampler]] = {
     "CE of mix-then-transform": lambda ensemble: CESampler(Warped(ensemble, TopK(2))),
     "CE of one component": lambda ensemble: CESampler(ensemble.components[0]),
     "CE latent": lambda ensemble: CESampler(ensemble, latent=True),
-    "ME": MESampler,
+    "ME": lambda ensemble: MESampler(ensemble, lockstep=True),
     "one component per sequence": SequenceMixtureSampler,
-    "ME with shared draws": lambda ensemble: MESampler(ensemble, shared_rows=3),
+    "ME with shared draws": lambda ensemble: MESampler(ensemble, shared_rows=3, lockstep=True),
     "one component per sequence and group": lambda ensemble: SequenceMixtureSampler(ensemble, shared_rows=5),
 }
 every_sampler = pytest.mark.parametrize("build", SAMPLERS.values(), ids=SAMPLERS.keys())
@@ -73,7 +73,7 @@ def test_wide_laws_and_many_rows(build: Any, size: int, monkeypatch: pytest.Monk
 def test_nested_ensembles_count_every_table() -> None:
     inner = Ensemble([MarkovModel.random(3, seed=s) for s in (0, 1)], ConstantMixing([0.5, 0.5]))
     outer = Ensemble([Warped(inner, TopK(2)), MarkovModel.random(3, seed=2)], ConstantMixing([0.5, 0.5]))
-    for sampler in (CESampler(outer), MESampler(outer), CESampler(outer, latent=True)):
+    for sampler in (CESampler(outer), MESampler(outer, lockstep=True), CESampler(outer, latent=True)):
         assert_same_on_both_paths(sampler, [[0]], n=5, max_new_tokens=4)
     assert CESampler(outer).sample([0], max_new_tokens=4).cost.forwards == 12
 

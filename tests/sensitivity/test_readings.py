@@ -70,7 +70,7 @@ def test_forecast_work_is_what_networks_count() -> None:
     model = mixtures.ensemble()
     rows, steps = 60, 12
     prompts = np.random.default_rng(0).integers(5, 40, size=(rows, 4)).tolist()  # equal prompts would share a law
-    trace = MESampler(model).sample(prompts, max_new_tokens=steps, batch_size=rows)
+    trace = MESampler(model, lockstep=True).sample(prompts, max_new_tokens=steps, batch_size=rows)
     lengths = trace.lengths.numpy().astype(float)
     assert (lengths == steps).all()
     assert trace.components is not None
@@ -83,8 +83,12 @@ def test_forecast_work_is_what_networks_count() -> None:
     assert forecast == pytest.approx(np.full(rows, forecast[0]))
     assert abs(np.mean(fed) - forecast[0]) < 4 * np.std(fed) / np.sqrt(rows)
     # Rows that are read for the first time are prefilled apart from those that go on.
-    extra = trace.cost.forwards - lengths.sum() * forwards_per_token((0.6, 0.4), lengths)
+    extra = trace.cost.forwards - lengths.sum() * forwards_per_token((0.6, 0.4), lengths, lockstep=True)
     assert 0 <= extra < 12
+    drifting = MESampler(model).sample(prompts, max_new_tokens=steps, batch_size=rows)
+    forecast = lengths.sum() * forwards_per_token((0.6, 0.4), lengths)
+    assert drifting.cost.forwards == pytest.approx(forecast, rel=0.1)
+    assert forecast < 0.95 * trace.cost.forwards
 
 
 def test_forecast_of_corners() -> None:
