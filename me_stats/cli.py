@@ -243,7 +243,7 @@ def _commands(records: Sequence[Record]) -> dict[str, str]:
         if _is_comparison(record):
             commands[record.name] = cli_compare.command(record)
             continue
-        if record.name == cli_bench.RECORD:
+        if record.name.startswith(cli_bench.RECORD):
             commands[record.name] = cli_bench.command(record)
             continue
         config = record.config
