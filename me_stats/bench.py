@@ -164,7 +164,7 @@ class Bench:
         return None
 
     def close(self) -> None:
-        if "_processes" in vars(self):
+        if not self._watch.is_cuda and "_processes" in vars(self):
             for process in self._processes:
                 process.close()
 
