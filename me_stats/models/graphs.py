@@ -7,6 +7,7 @@ of two, the padding stands in a slot of its own, and storage of keys and values 
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from me_stats.models.slots import SlotCache
 
 _KEYS = 256  # key positions are rounded up to a multiple of this
 _LARGEST = 1024  # packed tokens of a forward that is still captured
+_CAPTURING = threading.Lock()  # a capture begins by waiting for the device, which another one would not bear
 _SEEN_BEFORE = 1  # forwards of a shape that run as they are before one is captured: rare shapes never pay for that
 
 
@@ -119,6 +121,11 @@ class Graphs:
         captured = _Captured(own, tokens, layout, None, tokens)
         if not self._capture:
             return captured
+        with _CAPTURING:
+            self._record(captured)
+        return captured
+
+    def _record(self, captured: _Captured) -> None:
         # Libraries choose kernels and take memory in a first run, which must not be captured.
         beside = torch.cuda.Stream()
         beside.wait_stream(torch.cuda.current_stream())
@@ -130,7 +137,6 @@ class Graphs:
         # Other threads may run other networks meanwhile.
         with torch.cuda.graph(captured.graph, pool=self._pool, capture_error_mode="thread_local"):
             captured.laws = self._run(captured)
-        return captured
 
     def _run(self, captured: _Captured) -> Tensor:
         captured.layout.forget()
