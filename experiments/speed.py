@@ -31,6 +31,7 @@ PAPER = (1.78, 2.68)  # times faster than CE, arXiv 2605.00419
 _NEAR_STEP = 1.5  # a span that takes less than so many decode steps is "about one"
 _AT_BATCH_1: tuple[Arm, ...] = ("CE", "CE parallel", "ME")
 _TRUNCATED: tuple[Arm, ...] = ("CE top-k", "speculative")
+_PREDICTED = 30  # configurations that the cost model must get right, of as many as are timed
 _SHORT = 4  # tokens of a short span: at equal weights, 15 of 16 lags of two components are as short
 
 
@@ -102,7 +103,7 @@ def run(
         every = tasks + [task for grid in grids.values() for task, _ in grid]
         folder = None if work is None else work / config_key(NAME, config)
         samples = run_rounds(
-            every, repeats=config.rounds, seed=config.seed, folder=folder,
+            every, repeats=config.rounds, warm_ups=bench.warm_ups, seed=config.seed, folder=folder,
             progress=lambda done, note: progress(0.02 + 0.95 * done, note),
         )  # fmt: skip
         progress(0.98, "predicting")
@@ -352,17 +353,21 @@ def _crossing_text(found: dict[str, Any]) -> str:
 
 
 def _predictions(find: Callable[..., None], results: dict[str, Any], config: Config, where: str) -> None:
-    errors = np.array([row["error"] for row in results["cells"] if row["error"] is not None and not row["calibrates"]])
-    if not len(errors):
+    judged = [row for row in results["cells"] if row["error"] is not None and not row["calibrates"]]
+    if not judged:
         return
+    errors = np.array([row["error"] for row in judged])
     limit = 0.15 if config.cost_error is None else config.cost_error
-    near = int((np.abs(errors) <= limit).sum())
+    near, enough = int((np.abs(errors) <= limit).sum()), min(_PREDICTED, len(errors))
+    missed = ", ".join(f"{row['arm']} at batch {row['batch']} ({row['error']:+.0%})" for row in judged
+                       if abs(row["error"]) > limit)  # fmt: skip
     find(
         claim="C15", statement="a cost model predicts the time of runs that it was not calibrated on",
         n=f"{len(errors)} configurations",
         statistic=f"{near} of {len(errors)} within {limit:.0%}; median error {np.median(np.abs(errors)):.1%}, largest "
         f"{np.abs(errors).max():.1%}",
-        shown=near == len(errors), judged=config.cost_error is not None, bound="errors are counted",
-        caveat=f"calibrated on single forwards and {sum(row['calibrates'] for row in results['cells'])} whole runs of "
+        shown=near >= max(enough, 0.9 * len(errors)), judged=config.cost_error is not None, bound="errors are counted",
+        caveat=f"shown if {enough} and nine in ten are within{f'; not: {missed}' if missed else ''}; "
+        f"calibrated on single forwards and {sum(row['calibrates'] for row in results['cells'])} whole runs of "
         f"the same rounds; {where}; CE in parallel, and drafts of {CHUNK} for top-{TOP_K}, are not predicted",
     )  # fmt: skip

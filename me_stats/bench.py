@@ -129,15 +129,16 @@ class Bench:
         """`cell` as a task; ValueError if it has more components than there are."""
         if cell.k > len(self.models.components):
             raise ValueError(f"{cell.name} needs {cell.k} components, there are {len(self.models.components)}")
-        return Task(cell.name, partial(self._run, cell, cell.steps), partial(self._warm, cell))
+        steps = cell.steps if self._watch.is_cuda else _WARM_STEPS
+        return Task(cell.name, partial(self._run, cell, cell.steps), partial(self._run, cell, steps))
 
-    def _warm(self, cell: Cell) -> None:
-        if not self._watch.is_cuda:
-            self._run(cell, _WARM_STEPS)
-            return
-        # A shape is captured when it comes for the second time, so every shape of the run must have come twice.
-        for _ in range(2):
-            self._run(cell, cell.steps)
+    @property
+    def warm_ups(self) -> int:
+        """Passes over all tasks before the first round.
+
+        On CUDA the first finds the size of storage, and shapes are captured when they come for the second time.
+        """
+        return 2 if self._watch.is_cuda else 1
 
     def timing(self, cell: Cell, samples: np.ndarray) -> Timing:
         """The timing of a cell from its samples (rounds, 7)."""
@@ -272,6 +273,6 @@ def bench(
         If a cell names no arm, or more components than there are.
     """
     with Bench(models, seed=seed) as own:
-        samples = run_rounds([own.task(cell) for cell in cells], repeats=repeats, seed=seed, folder=folder,
-                             progress=progress)  # fmt: skip
+        samples = run_rounds([own.task(cell) for cell in cells], repeats=repeats, warm_ups=own.warm_ups, seed=seed,
+                             folder=folder, progress=progress)  # fmt: skip
         return [own.timing(cell, samples[:, i]) for i, cell in enumerate(cells)]

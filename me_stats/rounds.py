@@ -33,7 +33,7 @@ class Sample(NamedTuple):
 
 @dataclass(frozen=True)
 class Task:
-    """What one round does once; `warm` is done once before the first round."""
+    """What one round does once; `warm` is done before the first round, as often as `run_rounds` is told."""
 
     name: str
     run: Callable[[], Sample]
@@ -67,16 +67,19 @@ def middle(values: Sequence[float], *, confidence: float = 0.9) -> Ratio:
 
 
 def run_rounds(
-    tasks: Sequence[Task], *, repeats: int, seed: int = 0, folder: Path | None = None,
+    tasks: Sequence[Task], *, repeats: int, warm_ups: int = 1, seed: int = 0, folder: Path | None = None,
     progress: Note = lambda fraction, note: None,
 ) -> np.ndarray:  # fmt: skip
-    """Samples (rounds, tasks, 7) of all tasks, interleaved; rounds that `folder` holds are not run again."""
+    """Samples (rounds, tasks, 7) of all tasks, interleaved; rounds that `folder` holds are not run again.
+
+    Before the first round each task is warmed up `warm_ups` times, in turn.
+    """
     if repeats < 1 or not tasks:
         raise ValueError(f"give at least one round and one task, got {repeats} and {len(tasks)}")
     if len({task.name for task in tasks}) < len(tasks):
         raise ValueError("tasks must have distinct names")
     with tempfile.TemporaryDirectory() as scratch:
-        rounds = _Rounds(tasks, seed)
+        rounds = _Rounds(tasks, seed, warm_ups)
         parts = [PartOfWork(f"round-{i:03d}", len(tasks), partial(rounds.run, i)) for i in range(repeats)]
 
         def show(done: int, total: int) -> None:
@@ -89,16 +92,16 @@ def run_rounds(
 
 
 class _Rounds:
-    def __init__(self, tasks: Sequence[Task], seed: int) -> None:
-        self.tasks, self.seed, self.note, self._warm = tasks, seed, "warming up", False
+    def __init__(self, tasks: Sequence[Task], seed: int, warm_ups: int) -> None:
+        self.tasks, self.seed, self.note, self._warm_ups = tasks, seed, "warming up", warm_ups
 
     def run(self, number: int, tick: Tick) -> Arrays:
-        if not self._warm:
-            for task in self.tasks:
-                self.note = f"warming up: {task.name}"
-                tick(0)
-                task.warm()
-            self._warm = True
+        # The last first: large runs stand there, and what they allocate serves the others.
+        for task in [*reversed(self.tasks)] * self._warm_ups:
+            self.note = f"warming up: {task.name}"
+            tick(0)
+            task.warm()
+        self._warm_ups = 0
         samples = np.zeros((len(self.tasks), len(Sample._fields)))
         for place in np.random.default_rng([self.seed, number]).permutation(len(self.tasks)).tolist():
             self.note = f"round {number + 1}: {self.tasks[place].name}"

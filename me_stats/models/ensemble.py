@@ -25,6 +25,7 @@ from me_stats.models.base import (
 from me_stats.models.base import path_log_probs as component_path_log_probs
 
 _CHUNK = 1 << 22  # probabilities that `chunked_paths` keeps together
+_BLOCK = 1 << 18  # probabilities that `mix` adds up at a time on a processor
 
 
 class Combination(LanguageModel):
@@ -174,6 +175,19 @@ def mix(laws: Sequence[Tensor], log_weights: Tensor) -> Tensor:
     Weights that round to zero mass keep their -inf; no term is ever inf - inf.
     """
     weights = on_device(log_weights.to(torch.promote_types(laws[0].dtype, torch.float32)), laws[0].device)
+    rows, size = laws[0].shape
+    # On a processor the sums of a block of rows stay in its cache; pages of new memory cost more than the arithmetic.
+    step = max(1, _BLOCK // max(1, size)) if laws[0].is_cpu else rows
+    if step >= rows or len(laws) == 1:
+        return _mix(laws, weights)
+    blocks = zip(*(law.split(step) for law in (*laws, weights)), strict=True)
+    mixed = laws[0].new_empty((rows, size), dtype=torch.promote_types(laws[0].dtype, weights.dtype))
+    for place, block in zip(mixed.split(step), blocks, strict=True):
+        place.copy_(_mix(block[:-1], block[-1]))
+    return mixed
+
+
+def _mix(laws: Sequence[Tensor], weights: Tensor) -> Tensor:
     mixed = laws[0] + weights[:, :1]
     for i, law in enumerate(laws[1:], start=1):
         mixed = log_add(mixed, law.to(mixed.device) + weights[:, i : i + 1])

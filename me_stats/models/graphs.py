@@ -50,9 +50,11 @@ def rounded(sizes: Sizes, length: int) -> Sizes:
     """The sizes that a forward is padded to, in storage of `length` positions.
 
     >>> rounded(Sizes(rows=43, span=5, packed=61, reads=43, visible=300), 600)
-    Sizes(rows=64, span=8, packed=64, reads=64, visible=512)
+    Sizes(rows=64, span=16, packed=64, reads=64, visible=512)
     """
     rows, span = _power(sizes.rows), _power(sizes.span)
+    if rows > 1 and span > 1:  # lags of many rows vary most: few lengths of lines, few captures
+        span = next(length for length in (4, 16, 64, 256, span) if length >= span)
     # The tokens of one row are its line; one token each makes the lines of many.
     packed = rows * span if 1 in (rows, span) else _power(sizes.packed)
     visible = min(length, -(-sizes.visible // _KEYS) * _KEYS)
@@ -155,7 +157,8 @@ class GraphPool:
         length = -(-length // _KEYS) * _KEYS
         fitting = [g for g in self._free if g.cache.max_slots >= max_slots and g.cache.length >= length]
         if fitting:
-            graphs = min(fitting, key=lambda g: g.cache.bytes)
+            # The largest: then all sessions share what one has captured.
+            graphs = max(fitting, key=lambda g: g.cache.max_slots * g.cache.length)
             self._free.remove(graphs)
         else:
             self._free.clear()  # smaller storage would only take memory
