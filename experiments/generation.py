@@ -60,12 +60,14 @@ def run(config: Config, progress: Callable[[float, str], None] = lambda fraction
             trace = samplers[name].sample(prompts, n=n, max_new_tokens=config.steps, seed=config.seed + repeat)
             speeds[name, batch].append(int(trace.lengths.sum()) / (time.perf_counter() - start))
             traces[name, batch] = trace
+    surplus = config.device != "cpu" and bool(ensemble.vocabulary.eos)
     rows = [_row(name, batch, k, traces[name, batch], speeds[name, batch]) for name, batch in cells]
     for row in rows:
+        laws = "at least " * surplus + ("one law" if row["sampler"] == "ME" else f"{k} laws")
         recorder.check(
-            f"{row['sampler']} reads {'one law' if row['sampler'] == 'ME' else f'{k} laws'} a token "
-            f"({label}, batch {row['batch']})",
-            row["reads"] == row["reads_in_theory"],
+            f"{row['sampler']} reads {laws} a token ({label}, batch {row['batch']})",
+            # On an accelerator ended rows leave once in some steps, and are read until then.
+            row["reads"] >= row["reads_in_theory"] if surplus else row["reads"] == row["reads_in_theory"],
         )
     single = [row for row in rows if row["batch"] == 1]
     forwards = {row["sampler"]: row["forwards"] / row["steps"] for row in single}

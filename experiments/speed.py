@@ -42,8 +42,8 @@ class Config:
     Rows write `steps` tokens for the former, so many that prompts hardly count, and `batch_steps` for the latter.
     `curve_dtypes` are precisions for the curve of spans, besides `dtype`. Targets are None by default, since a busy
     machine is no wrong code: `required_ratio` ((K, least ME/CE), ...), `required_share` of the ideal ratio,
-    `required_batch_gain` from batch 1 to 64, `cost_error` of every prediction, `near_single` of ME's time over that of
-    one model and the predicted catching up.
+    `required_batch_gain` from batch 1 to 64, `cost_error` of the predictions, `near_single` of ME's time over that
+    of one model and the predicted catching up. A ratio misses its target where its whole interval lies below.
     """
 
     models: tuple[str, ...] = ("smollm2-135m",)
@@ -53,10 +53,10 @@ class Config:
     batches: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 64, 128)
     weights: tuple[tuple[float, ...], ...] = ((0.5, 0.5), (0.8, 0.2))
     arms: tuple[Arm, ...] = ARMS
-    steps: int = 96
-    batch_steps: int = 16
+    steps: int = 64
+    batch_steps: int = 12
     prompt_length: int = 8
-    rounds: int = 5
+    rounds: int = 9
     spans: tuple[int, ...] = (1, 2, 3, 4, 8, 16, 32, 64, 128)
     contexts: tuple[int, ...] = (32, 160)
     curve_dtypes: tuple[str, ...] = ("float32", "bfloat16")
@@ -257,13 +257,14 @@ def _against_ce(
         return
     targets = dict(config.required_ratio or ())
     deciding = {k: row for k, row in me.items() if k in (2, 3)} or me
-    reached = all(me[k]["of_ce"]["value"] >= least for k, least in targets.items() if k in me)
+    # A target is missed where the whole interval lies below it: one median of a few rounds is no more than noise.
+    reached = all(me[k]["of_ce"]["interval"][1] >= least for k, least in targets.items() if k in me)
     in_paper = all(row["of_ce"]["value"] >= PAPER[0] for row in deciding.values())
     first = min(deciding)
     find(
         claim="C6", statement="ME writes tokens faster than CE", n=f"{config.rounds} rounds of {config.steps} tokens",
         statistic=", ".join(f"{_range(row['of_ce'])} times at K = {k}" for k, row in sorted(me.items())),
-        shown=reached and (in_paper or bool(targets)), judged=bool(targets),
+        shown=reached and in_paper, judged=bool(targets),
         bound=f"{me[first]['of_ce']['coverage']:.1%} intervals of medians",
         caveat=f"the paper: {PAPER[0]} to {PAPER[1]} times; {where}, batch 1, equal weights; "
         + "; ".join(f"K = {k}: {row['of_ce']['value'] / row['ideal']:.0%} of the cost model's {row['ideal']:.2f}, "
@@ -273,8 +274,11 @@ def _against_ce(
     )  # fmt: skip
     for k, row in sorted(me.items()):
         if config.required_share is not None:
-            share = row["of_ce"]["value"] / row["ideal"]
-            recorder.check(f"ME reaches {share:.0%} of the ideal ratio at K = {k}", share >= config.required_share)
+            share, most = (ratio / row["ideal"] for ratio in (row["of_ce"]["value"], row["of_ce"]["interval"][1]))
+            recorder.check(
+                f"ME reaches {share:.0%} (up to {most:.0%}) of the ideal ratio at K = {k}",
+                most >= config.required_share,
+            )
         if config.near_single is not None:
             over = row["over_single_and_catching_up"]
             recorder.check(f"ME takes {over:.2f} times one model and the predicted catching up, K = {k}",
@@ -318,31 +322,36 @@ def _batches(
     if target is not None and any(point["batch"] == 64 for point in first) and low["batch"] == 1:
         gain = next(p for p in first if p["batch"] == 64)["tokens_per_second"] / low["tokens_per_second"]
         recorder.check(f"ME at batch 64 writes {gain:.1f} times the tokens a second of batch 1", gain >= target)
-    crossings = "; ".join(
-        f"λ {'/'.join(f'{w:g}' for w in found['weights'])}: it gains {_crossing_text(found)}"
-        for found in results["crossover"]
-    )
+    crossings = "; ".join(f"λ {_weights(found)}: it gains {_crossing_text(found)}" for found in results["crossover"])
+    if target is not None:
+        recorder.check("ME is nowhere slower than CE", not slower)
+    behind = ", ".join(f"batch {point['batch']} at λ {_weights(entry)}" for entry, point in slower)
     find(
-        claim="C15", statement="ME against CE over batch sizes",
+        claim="C15", statement="what ME gains over CE by batch size",
         n=f"{len(first)} batch sizes, {len(own)} λ, {config.rounds} rounds",
         statistic=", ".join(f"{point['of_ce']['value']:.2f} times at batch {point['batch']}" for point in first),
-        shown=not slower, judged=target is not None, bound=f"{low['of_ce']['coverage']:.1%} intervals of medians",
-        caveat=f"{where}; shown if no interval lies below 1; {crossings}; every component ingests every token, so "
-        f"ME saves passes over weights and output layers, no other arithmetic; {_sees(low['of_ce']['rounds'])}",
+        shown=target is None or not slower, judged=target is not None,
+        bound=f"{low['of_ce']['coverage']:.1%} intervals of medians",
+        caveat=f"{where}; {f'slower than CE at {behind}' if slower else 'nowhere slower than CE beyond the noise'}; "
+        f"{crossings}; every component ingests every token, so ME saves passes over weights and output layers, no "
+        f"other arithmetic; {_sees(low['of_ce']['rounds'])}",
     )  # fmt: skip
     for entry in curves:
         if entry["arm"] != "ME shared":
             continue
         last = entry["points"][-1]["of_ce"]
         find(
-            claim="C15", statement="ME whose rows share component draws, against CE over batch sizes",
+            claim="C15", statement="what ME gains over CE by batch size if rows share component draws",
             n=f"{len(entry['points'])} batch sizes, {config.rounds} rounds",
             statistic=", ".join(f"{p['of_ce']['value']:.2f} times at batch {p['batch']}" for p in entry["points"]),
-            shown=last["interval"][1] >= 1, judged=target is not None,
+            shown=target is None or last["interval"][1] >= 1, judged=target is not None,
             bound=f"{last['coverage']:.1%} intervals of medians",
-            caveat=f"{where}; shown if the interval at the largest batch does not lie below 1; rows of a batch then "
-            f"depend on each other; {_sees(last['rounds'])}",
+            caveat=f"{where}; rows of a batch then depend on each other; {_sees(last['rounds'])}",
         )  # fmt: skip
+
+
+def _weights(entry: dict[str, Any]) -> str:
+    return "/".join(f"{weight:g}" for weight in entry["weights"])
 
 
 def _crossing_text(found: dict[str, Any]) -> str:
@@ -358,7 +367,8 @@ def _predictions(find: Callable[..., None], results: dict[str, Any], config: Con
         return
     errors = np.array([row["error"] for row in judged])
     limit = 0.15 if config.cost_error is None else config.cost_error
-    near, enough = int((np.abs(errors) <= limit).sum()), min(_PREDICTED, len(errors))
+    near = int((np.abs(errors) <= limit).sum())
+    least = 0 if config.cost_error is None else min(_PREDICTED, len(errors))
     missed = ", ".join(f"{row['arm']} at batch {row['batch']} ({row['error']:+.0%})" for row in judged
                        if abs(row["error"]) > limit)  # fmt: skip
     find(
@@ -366,8 +376,9 @@ def _predictions(find: Callable[..., None], results: dict[str, Any], config: Con
         n=f"{len(errors)} configurations",
         statistic=f"{near} of {len(errors)} within {limit:.0%}; median error {np.median(np.abs(errors)):.1%}, largest "
         f"{np.abs(errors).max():.1%}",
-        shown=near >= max(enough, 0.9 * len(errors)), judged=config.cost_error is not None, bound="errors are counted",
-        caveat=f"shown if {enough} and nine in ten are within{f'; not: {missed}' if missed else ''}; "
-        f"calibrated on single forwards and {sum(row['calibrates'] for row in results['cells'])} whole runs of "
-        f"the same rounds; {where}; CE in parallel, and drafts of {CHUNK} for top-{TOP_K}, are not predicted",
+        shown=near >= max(0.9 * len(errors), least), judged=config.cost_error is not None,
+        bound="errors are counted",
+        caveat=f"shown if nine in ten{f' and {least}' * (least > 0)} are within{f'; not: {missed}' * bool(missed)}; "
+        f"calibrated on single forwards and {sum(row['calibrates'] for row in results['cells'])} whole runs of the "
+        f"same rounds; {where}; CE in parallel, and drafts of {CHUNK} for top-{TOP_K}, are not predicted",
     )  # fmt: skip

@@ -25,7 +25,7 @@ def test_a_round_runs_each_task_once_in_an_order_of_its_own() -> None:
     log: list[str] = []
     samples = run_rounds(tasks(log, 6), repeats=4, seed=3)
     assert samples.shape == (4, 6, len(Sample._fields))
-    assert log[:6] == [f"w{i}" for i in range(6)]
+    assert log[:6] == [f"w{i}" for i in reversed(range(6))]
     rounds = [log[6 * i : 6 * i + 6] for i in range(1, 5)]
     assert all(sorted(one) == [str(i) for i in range(6)] for one in rounds)
     assert len({tuple(one) for one in rounds}) > 1
