@@ -80,7 +80,7 @@ def test_continuations_of_one_prompt_share_its_prefill() -> None:
     assert ce.cost.tokens_forwarded == 2 * (prompt + n * (STEPS - 1))
     assert ce.cost.reads == 2 * (1 + n * (STEPS - 1))
 
-    me = MESampler(ensemble()).sample(PROMPTS[2], max_new_tokens=STEPS, n=n, seed=1)
+    me = MESampler(ensemble(), lockstep=True).sample(PROMPTS[2], max_new_tokens=STEPS, n=n, seed=1)
     tokens = sum(prompt + int(last_reads(me, i).clip(min=0).sum()) for i in range(2))
     assert me.cost.tokens_forwarded == tokens
     # Both components were drawn at the first step, so no row ever waits for a prefill: one forward each.
