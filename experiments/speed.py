@@ -268,7 +268,7 @@ def _against_ce(
         bound=f"{me[first]['of_ce']['coverage']:.1%} intervals of medians",
         caveat=f"the paper: {PAPER[0]} to {PAPER[1]} times; {where}, batch 1, equal weights; "
         + "; ".join(f"K = {k}: {row['of_ce']['value'] / row['ideal']:.0%} of the cost model's {row['ideal']:.2f}, "
-                    f"{row['over_single_and_catching_up']:.2f} times the time of one model and predicted catching up"
+                    f"{row['over_single_and_catching_up']['value']:.2f} times the time of one model and predicted catching up"
                     for k, row in sorted(me.items()))
         + f"; {_sees(me[first]['of_ce']['rounds'])}",
     )  # fmt: skip
@@ -281,8 +281,8 @@ def _against_ce(
             )
         if config.near_single is not None:
             over = row["over_single_and_catching_up"]
-            recorder.check(f"ME takes {over:.2f} times one model and the predicted catching up, K = {k}",
-                           over <= 1 + config.near_single)  # fmt: skip
+            recorder.check(f"ME takes {_range(over)} times one model and the predicted catching up, K = {k}",
+                           over["interval"][0] <= 1 + config.near_single)  # fmt: skip
 
 
 def _growth_in_k(find: Callable[..., None], results: dict[str, Any], config: Config, where: str) -> None:

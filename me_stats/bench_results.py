@@ -117,15 +117,16 @@ def by_k(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         if row is not alone and len(set(np.round(row["weights"], 9))) > 1:
             continue
         per_round = [a / b for a, b in zip(alone["seconds"], row["seconds"], strict=True)]
-        predicted = None
-        if row["predicted"] is not None:
+        over = None
+        if row["arm"] == "ME" and row["predicted"] is not None:
             # One model's measured time, and the predicted time of catching up.
             extra = row["predicted"] - alone["predicted"]
-            predicted = median(row["seconds"]) / (median(alone["seconds"]) + extra)
+            pairs = zip(row["seconds"], alone["seconds"], strict=True)
+            over = vars(middle([own / (single + extra) for own, single in pairs]))
         found.append({
             "arm": row["arm"], "k": row["k"], "of_single": vars(middle(per_round)), "of_ce": row["of_ce"],
             "ideal": row["ideal"], "ms_per_token": 1000 * median(row["seconds"]) / row["tokens"],
-            "over_single_and_catching_up": predicted if row["arm"] == "ME" else None,
+            "over_single_and_catching_up": over,
             "rounds_ms": [1000 * second / row["tokens"] for second in row["seconds"]],
         })  # fmt: skip
     return found

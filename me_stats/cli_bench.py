@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import shlex
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -52,6 +53,7 @@ def bench(
     dtype: Precision = Dtype.float32,
     seed: Annotated[int, typer.Option(min=0, help="Keys the tokens and the order of the runs.")] = 0,
     out: Annotated[Path, typer.Option(help="Folder for the record, the figure and finished rounds.")] = Path("bench"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="Time everything again, also finished rounds.")] = False,
 ) -> None:
     """How many times as fast as CE is ME here, at which batch sizes, and what does a cost model predict?
 
@@ -87,6 +89,8 @@ def bench(
         prompt_length=prompt_length, rounds=rounds, curve_dtypes=(), seed=seed, **options,
     )  # fmt: skip
     work = out / "rounds"
+    if fresh:
+        shutil.rmtree(work / config_key("speed", config), ignore_errors=True)
     columns = (SpinnerColumn(), BarColumn(bar_width=24), TimeElapsedColumn(), TimeRemainingColumn(),
                TextColumn("{task.description}"))  # fmt: skip
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:

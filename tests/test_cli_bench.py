@@ -66,6 +66,21 @@ def test_it_prints_speeds_and_what_they_mean(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("small")
+def test_fresh_times_everything_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, ran = rounds._Rounds.run, []
+
+    def noted(self: Any, number: int, tick: Any) -> Any:
+        ran.append(number)
+        return original(self, number, tick)
+
+    monkeypatch.setattr(rounds._Rounds, "run", noted)
+    for arguments, expected in (((), [0, 1]), ((), []), (("--fresh",), [0, 1])):
+        ran.clear()
+        assert run("bench", *SMALL, *arguments).code == 0
+        assert ran == expected
+
+
+@pytest.mark.usefixtures("small")
 def test_an_interruption_keeps_finished_rounds(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     original, started = rounds._Rounds.run, []
 

@@ -47,7 +47,7 @@ def ideal(ratios: dict[int, float]) -> dict[str, Any]:
         k = row["k"]
         single = {"single": 1.0, "CE": 1 / k, "ME": ratios.get(k, 1.0) / k}.get(row["arm"], 1.0)
         row["of_single"] |= {"value": single, "interval": [single, single]}
-        row["over_single_and_catching_up"] = 1.0
+        row["over_single_and_catching_up"] = {"value": 1.0, "interval": [0.99, 1.01]}
         if row["of_ce"]:
             row["of_ce"] |= {"value": ratios[k], "interval": [ratios[k]] * 2, "rounds": [ratios[k], ratios[k] * 1.001]}
             row["ideal"] = ratios[k]
@@ -138,7 +138,7 @@ def test_each_target_is_a_check_of_its_own() -> None:
 
     results = ideal({2: 1.9})
     for row in results["by_k"]:
-        row["ideal"], row["over_single_and_catching_up"] = 2.5, 1.2
+        row["ideal"], row["over_single_and_catching_up"] = 2.5, {"value": 1.2, "interval": [1.15, 1.3]}
     (name,) = failures(results, required_share=0.95)
     assert name.startswith("ME reaches 76% (up to ")
     (name,) = failures(results, near_single=0.1)
