@@ -268,7 +268,7 @@ def _against_ce(
         bound=f"{me[first]['of_ce']['coverage']:.1%} intervals of medians",
         caveat=f"the paper: {PAPER[0]} to {PAPER[1]} times; {where}, batch 1, equal weights; "
         + "; ".join(f"K = {k}: {row['of_ce']['value'] / row['ideal']:.0%} of the cost model's {row['ideal']:.2f}, "
-                    f"{row['over_single_and_catching_up']['value']:.2f} times the time of one model and predicted catching up"
+                    f"{row['over_single_and_catching_up']['value']:.2f} times one model and the predicted catching up"
                     for k, row in sorted(me.items()))
         + f"; {_sees(me[first]['of_ce']['rounds'])}",
     )  # fmt: skip
