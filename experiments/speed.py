@@ -185,7 +185,8 @@ def _judge(recorder: Recorder, results: dict[str, Any], config: Config) -> None:
     find = partial(_find, recorder, models=label)
     _spans_of(find, results, config, where)
     _against_ce(recorder, find, results, config, where)
-    _growth_in_k(find, results, config, where)
+    if len({model["parameters"] for model in recorder.models}) <= 1:  # components of one size, or no line to speak of
+        _growth_in_k(find, results, config, where)
     _batches(recorder, find, results, config, where)
     _predictions(find, results, config, where)
     level = 1e-6
@@ -325,6 +326,7 @@ def _batches(
     crossings = "; ".join(f"λ {_weights(found)}: it gains {_crossing_text(found)}" for found in results["crossover"])
     if target is not None:
         recorder.check("ME is nowhere slower than CE", not slower)
+    told = f"cost model: {_near(results, 0.15)}; " if target is None and len(_errors(results)) else ""
     behind = ", ".join(f"batch {point['batch']} at λ {_weights(entry)}" for entry, point in slower)
     find(
         claim="C15", statement="what ME gains over CE by batch size",
@@ -333,8 +335,8 @@ def _batches(
         shown=target is None or not slower, judged=target is not None,
         bound=f"{low['of_ce']['coverage']:.1%} intervals of medians",
         caveat=f"{where}; {f'slower than CE at {behind}' if slower else 'nowhere slower than CE beyond the noise'}; "
-        f"{crossings}; every component ingests every token, so ME saves passes over weights and output layers, no "
-        f"other arithmetic; {_sees(low['of_ce']['rounds'])}",
+        f"{crossings}; {told}every component ingests every token, so ME saves passes over weights and output layers, "
+        f"no other arithmetic; {_sees(low['of_ce']['rounds'])}",
     )  # fmt: skip
     for entry in curves:
         if entry["arm"] != "ME shared":
@@ -361,24 +363,36 @@ def _crossing_text(found: dict[str, Any]) -> str:
     return f"{said} (predicted: {f'from {predicted}' if predicted is not None else f'beyond {4 * largest}'})"
 
 
+def _errors(results: dict[str, Any]) -> np.ndarray:
+    """Relative errors of the cost model on runs that did not calibrate it."""
+    return np.array([row["error"] for row in _judged(results)])
+
+
+def _judged(results: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in results["cells"] if row["error"] is not None and not row["calibrates"]]
+
+
+def _near(results: dict[str, Any], limit: float) -> str:
+    errors = np.abs(_errors(results))
+    return (
+        f"{int((errors <= limit).sum())} of {len(errors)} within {limit:.0%}; median error {np.median(errors):.1%}, "
+        f"largest {errors.max():.1%}"
+    )
+
+
 def _predictions(find: Callable[..., None], results: dict[str, Any], config: Config, where: str) -> None:
-    judged = [row for row in results["cells"] if row["error"] is not None and not row["calibrates"]]
-    if not judged:
+    errors, limit = _errors(results), config.cost_error
+    if limit is None or not len(errors):
         return
-    errors = np.array([row["error"] for row in judged])
-    limit = 0.15 if config.cost_error is None else config.cost_error
-    near = int((np.abs(errors) <= limit).sum())
-    least = 0 if config.cost_error is None else min(_PREDICTED, len(errors))
-    missed = ", ".join(f"{row['arm']} at batch {row['batch']} ({row['error']:+.0%})" for row in judged
+    least = min(_PREDICTED, len(errors))
+    missed = ", ".join(f"{row['arm']} at batch {row['batch']} ({row['error']:+.0%})" for row in _judged(results)
                        if abs(row["error"]) > limit)  # fmt: skip
     find(
         claim="C15", statement="a cost model predicts the time of runs that it was not calibrated on",
-        n=f"{len(errors)} configurations",
-        statistic=f"{near} of {len(errors)} within {limit:.0%}; median error {np.median(np.abs(errors)):.1%}, largest "
-        f"{np.abs(errors).max():.1%}",
-        shown=near >= max(0.9 * len(errors), least), judged=config.cost_error is not None,
+        n=f"{len(errors)} configurations", statistic=_near(results, limit),
+        shown=(np.abs(errors) <= limit).sum() >= max(0.9 * len(errors), least), judged=True,
         bound="errors are counted",
-        caveat=f"shown if nine in ten{f' and {least}' * (least > 0)} are within{f'; not: {missed}' * bool(missed)}; "
+        caveat=f"shown if nine in ten and {least} are within{f'; not: {missed}' * bool(missed)}; "
         f"calibrated on single forwards and {sum(row['calibrates'] for row in results['cells'])} whole runs of the "
         f"same rounds; {where}; CE in parallel, and drafts of {CHUNK} for top-{TOP_K}, are not predicted",
     )  # fmt: skip

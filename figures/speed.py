@@ -96,7 +96,7 @@ def _batches(ax: Any, found: dict[str, Any]) -> None:
     seen: dict[str, int] = {}
     places: set[int] = set()
     for entry in curves:
-        arm, weights = entry["arm"], "/".join(f"{weight:g}" for weight in entry["weights"])
+        arm, weights = entry["arm"], "/".join(f"{weight:.2g}" for weight in entry["weights"])
         number = seen[arm] = seen.get(arm, -1) + 1
         points = [point for point in entry["points"] if point["of_ce"] is not None]
         where = [point["batch"] for point in points]
@@ -110,7 +110,7 @@ def _batches(ax: Any, found: dict[str, Any]) -> None:
     for crossing in found["crossover"][:1]:
         if crossing["measured"] is not None:
             ax.axvline(crossing["measured"], color="0.35", linestyle=":", linewidth=0.9)
-            ax.annotate("gain < 5%", (crossing["measured"], 0.02), xycoords=("data", "axes fraction"), fontsize=7,
+            ax.annotate("gain < 5%", (crossing["measured"], 0.3), xycoords=("data", "axes fraction"), fontsize=7,
                         color="0.35", rotation=90, ha="right", va="bottom")  # fmt: skip
     ticks = sorted(places)
     ax.set(xscale="log", xlabel="rows in a batch", title="Times as fast as CE; lines: predicted")
