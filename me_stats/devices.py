@@ -1,10 +1,19 @@
-"""Arrays on their way to a device."""
+"""Precisions by name, and arrays on their way to a device."""
 
 from __future__ import annotations
 
 import numpy as np
 import torch
 from torch import Tensor
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """The precision called `name`; ValueError with the known names for another."""
+    if name not in DTYPES:
+        raise ValueError(f"dtype must be one of {sorted(DTYPES)}, got {name!r}")
+    return DTYPES[name]
 
 
 def on_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:

@@ -38,7 +38,7 @@ CPU_BLOCK, DEVICE_BLOCK = 2**17, 2**24
 LONG, FLOAT32_BLOCK = 2**13, 2**20
 FLOOR = 1e-2
 _PIECE = 512  # float32 numbers that are added up before float64 takes over
-LOG2_E = math.log2(math.e)
+_LOG2_E = math.log2(math.e)
 _HUGE = 1e300  # stands for an infinite log-ratio, which times 0 would be NaN
 
 
@@ -232,8 +232,8 @@ def _float64_blocks(
     for start in range(0, count, step):
         block = slice(start, start + step) if chosen is None else chosen[start : start + step]
         log_p, log_q, p, q = space[:, : count - start]
-        torch.mul(log_p.copy_(p_rows[block]), LOG2_E, out=p).exp2_()
-        torch.mul(log_q.copy_(q_rows[block]), LOG2_E, out=q).exp2_()
+        exponentials(log_p.copy_(p_rows[block]), p)
+        exponentials(log_q.copy_(q_rows[block]), q)
         if check:
             _check_law("log_p", p.sum(-1), p_rows.dtype)
             _check_law("log_q", q.sum(-1), q_rows.dtype)
@@ -246,13 +246,17 @@ def _float32_blocks(kernel: Float32Kernel, p_rows: Tensor, q_rows: Tensor, out: 
     for start in range(0, len(out), step):
         block = slice(start, start + step)
         log_p, log_q = p_rows[block], q_rows[block]
-        p = torch.mul(log_p, LOG2_E, out=space[0, : len(log_p)]).exp2_()
-        q = torch.mul(log_q, LOG2_E, out=space[1, : len(log_q)]).exp2_()
+        p, q = (exponentials(law, place[: len(law)]) for law, place in zip((log_p, log_q), space, strict=True))
         total_p, total_q = row_totals(p), row_totals(q)
         if check:
             _check_law("log_p", total_p, p_rows.dtype)
             _check_law("log_q", total_q, q_rows.dtype)
         out[block] = kernel(log_p, log_q, p, q, total_p, total_q)
+
+
+def exponentials(values: Tensor, out: Tensor) -> Tensor:
+    """e^values, written to `out`: through exp2, which torch computes about four times faster on some processors."""
+    return torch.mul(values, _LOG2_E, out=out).exp2_()
 
 
 def row_totals(values: Tensor) -> Tensor:

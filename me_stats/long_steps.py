@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from me_stats.divergence import LOG2_E, row_totals
+from me_stats.divergence import exponentials, row_totals
 
 Floats = NDArray[np.float64]
 
@@ -35,7 +35,7 @@ class LongSteps:
         that are too close.
         """
         parts, (p, log_p, free) = self._parts, self._rest
-        mass = row_totals(torch.mul(log_laws, LOG2_E, out=parts).exp2_())
+        mass = row_totals(exponentials(log_laws, parts))
         log_mass = mass.log()
         if not bool((log_mass.abs() < 1e-3).all()):
             return None

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from me_stats.devices import torch_dtype
 from me_stats.models.base import LanguageModel, NaNLawError, Prefix, PrefixSession, Session
 from me_stats.models.catalog import resolve
 from me_stats.models.graphs import GraphPool
@@ -21,7 +22,6 @@ from me_stats.models.packed import attention_for
 from me_stats.models.ragged import RaggedSession
 from me_stats.vocabulary import Vocabulary
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _LOGIT_BYTES = 256 << 20  # teacher-forced logits that are held at a time
 
 
@@ -79,19 +79,18 @@ class TransformersModel(LanguageModel):
         session: Literal["ragged", "prefix"] = "ragged",
         graphs: bool | None = None,
     ) -> None:
-        if dtype is not None and dtype not in _DTYPES:
-            raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
+        wanted = None if dtype is None else torch_dtype(dtype)
         if session not in ("ragged", "prefix"):
             raise ValueError(f"session must be 'ragged' or 'prefix', got {session!r}")
         if max_cache_gb <= 0:
             raise ValueError(f"max_cache_gb must be positive, got {max_cache_gb}")
         if isinstance(name, PreTrainedModel):
             self.name = name.config.name_or_path or type(name).__name__
-            self.network: Any = name if dtype is None else name.to(_DTYPES[dtype])
+            self.network: Any = name if wanted is None else name.to(wanted)
             self.source: dict[str, str] = {}
         else:
             self.name, device = str(name), device or "cpu"
-            self.network, tokenizer = _load(self.name, _DTYPES[dtype or "float32"], tokenizer)
+            self.network, tokenizer = _load(self.name, wanted or torch.float32, tokenizer)
             self.source = _identity(resolve(self.name), self.network)
         if device is not None:
             self.network = self.network.to(device)

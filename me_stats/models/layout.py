@@ -117,7 +117,7 @@ class Layout:
         return layout
 
     def _place(self, cache: SlotCache, sizes: Sizes, indices: Tensor) -> None:
-        self.cache, self.shape, self.visible, self.total = cache, (sizes.rows, sizes.span), sizes.visible, sizes.packed
+        self.cache, self.shape, self.visible = cache, (sizes.rows, sizes.span), sizes.visible
         self.fold, self.unfold, self.positions, self.token_slots, self.read, lines, slots = indices.split(sizes.lengths)
         self._query_positions = lines.view(self.shape)
         self._slots, self._block, self.even, self._all_seen = slots, None, False, False

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from me_stats.devices import on_device
 from me_stats.models.base import Cost, Prefix, Session, open_session
 
 
@@ -34,7 +35,7 @@ class MovingRows:
 
     def append(self, rows: np.ndarray, tokens: Tensor) -> None:
         for session, mine in self.groups(rows):
-            own = tokens if len(mine) == len(rows) else tokens[torch.from_numpy(mine).to(tokens.device)]
+            own = tokens if len(mine) == len(rows) else tokens[on_device(mine, tokens.device)]
             session.append(self.place[rows[mine]], own)
 
     def log_probs(self, rows: np.ndarray) -> Tensor:
@@ -43,7 +44,7 @@ class MovingRows:
             return parts[0][1]
         laws = torch.cat([part for _, part in parts])
         back = np.argsort(np.concatenate([mine for mine, _ in parts]), kind="stable")
-        return laws[torch.from_numpy(back).to(laws.device)]
+        return laws[on_device(back, laws.device)]
 
     def groups(self, rows: np.ndarray) -> Iterator[tuple[Session, np.ndarray]]:
         """Sessions of `rows`, each with the places of its rows in `rows`."""

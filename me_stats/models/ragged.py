@@ -67,8 +67,7 @@ class RaggedSession:
         self._written = torch.zeros((len(prompts), max_new_tokens or 16), dtype=torch.int64, device=self._device)
         length = longest + (max_new_tokens or 16)
         self._graphs = None if graphs is None else graphs.lend(self, max_slots=len(prompts), length=length)
-        own = SlotCache(max_slots=len(prompts), length=length) if self._graphs is None else self._graphs.cache
-        self._cache = own
+        self._cache = SlotCache(max_slots=len(prompts), length=length) if self._graphs is None else self._graphs.cache
         self._window = _window(network.config.get_text_config(), max_length)
         self.cost = Cost()
 

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+from me_stats.devices import torch_dtype
 
 # The shape of Mistral-7B-v0.1, which all fine-tuned models below share but for ids added to the vocabulary.
 _MISTRAL: dict[str, Any] = {
@@ -175,12 +175,11 @@ def random_network(
     >>> model.log_probs([[1, 2, 3]]).shape
     torch.Size([1, 4748])
     """
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be one of {sorted(_DTYPES)}, got {dtype!r}")
+    precision = torch_dtype(dtype)
     config = published_config(name, layers=layers, shrink=shrink)
     # Weights are made where they are used; filling 7 billion numbers in host memory first would take minutes.
     with torch.device("meta"):
-        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=_DTYPES[dtype])
+        network: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=precision)
     network = network.to_empty(device=torch.device(device))
     network.tie_weights()
     where = [network.device] if network.device.type == "cuda" else []

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from me_stats.devices import on_device
 from me_stats.mixing import ConstantMixing, Mixing, checked_log_weights
 from me_stats.models.base import Cost, Prefix, PrefixSession, Session, checked_laws, open_session, path_log_probs
 from me_stats.models.ensemble import Combination
@@ -184,7 +185,7 @@ def _are_routed(models: Sequence[Any]) -> bool:
 
 
 def _take(laws: Tensor, places: np.ndarray) -> Tensor:
-    return laws[torch.from_numpy(places).to(laws.device)]
+    return laws[on_device(places, laws.device)]
 
 
 class SharedSession:

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from me_stats.devices import on_device
 from me_stats.models.base import (
     Cost,
     LanguageModel,
@@ -144,8 +145,8 @@ class WindowedSession:
     def append(self, rows: np.ndarray, tokens: Tensor) -> None:
         if tokens.device != self._recent.device:
             self._recent = self._recent.to(tokens.device)
-        where = torch.from_numpy(np.stack([rows, self._length[rows] % self._windowed.window])).to(tokens.device)
-        self._recent[where[0], where[1]] = tokens
+        row, place = on_device(np.stack([rows, self._length[rows] % self._windowed.window]), tokens.device)
+        self._recent[row, place] = tokens
         before = self._windowed.start(self._length[rows])
         self._length[rows] += 1
         hops = self._windowed.start(self._length[rows]) != before
@@ -153,7 +154,7 @@ class WindowedSession:
             self._rows.append(rows, tokens)
             return
         stay = np.flatnonzero(~hops)
-        self._rows.append(rows[stay], tokens[torch.from_numpy(stay).to(tokens.device)])
+        self._rows.append(rows[stay], tokens[on_device(stay, tokens.device)])
         self._move(rows[hops])
 
     def log_probs(self, rows: np.ndarray) -> Tensor:
@@ -161,7 +162,7 @@ class WindowedSession:
 
     def _move(self, rows: np.ndarray) -> None:
         # Device to host once a hop: the inner model takes the tokens in view as a prompt.
-        recent = self._recent[torch.from_numpy(rows).to(self._recent.device)].cpu().numpy()
+        recent = self._recent[on_device(rows, self._recent.device)].cpu().numpy()
         stops = self._length[rows]
         views = [
             tuple(ring[np.arange(start, stop) % self._windowed.window].tolist())

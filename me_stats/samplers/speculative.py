@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from me_stats.devices import on_device
 from me_stats.draws import Draw, Stream
 from me_stats.models.base import Cost, require_language_model
 from me_stats.models.ensemble import Ensemble
@@ -228,6 +229,6 @@ def _drawn(draw: Draw, log_law: Tensor, rows: np.ndarray, steps: np.ndarray, str
     drawn = np.zeros(len(rows), dtype=np.int64)
     for step in np.unique(steps).tolist():
         mine = np.flatnonzero(steps == step)
-        law = log_law if len(mine) == len(rows) else log_law[torch.from_numpy(mine).to(log_law.device)]
+        law = log_law if len(mine) == len(rows) else log_law[on_device(mine, log_law.device)]
         drawn[mine] = draw(law, rows[mine], step, stream=stream).cpu().numpy()
     return drawn
