@@ -289,7 +289,9 @@ class _Walk:
             gradients["nll"] = slopes
         cost = {
             "switches_per_token": 1.0 - sum(weight**2 for weight in weights),
-            "forwards_per_token": forwards_per_token(weights, lengths, lockstep=self._tables),
+            "forwards_per_token": forwards_per_token(
+                weights, lengths, lockstep=self._tables, prompt_index=trace.prompt_index.numpy()
+            ),
         }
         if at.drawn:
             cost["forwards_per_token_measured"] = trace.cost.forwards / float(lengths.sum())

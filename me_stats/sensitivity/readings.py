@@ -8,14 +8,16 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from me_stats.cost import me_work
 from me_stats.mixing import ConstantMixing
 from me_stats.models.ensemble import chunked_paths
-from me_stats.schedule import serves
 from me_stats.sensitivity.estimate import Estimate, mean_estimate, normal_estimate
 from me_stats.trace import Trace
 
 Floats = NDArray[np.float64]
 Weights = tuple[float, ...]
+
+_PATHS = 4  # simulated runs behind a forecast of forwards
 
 
 def step_tv_sums(trace: Trace, targets: Sequence[Weights], reference: Weights) -> Floats:
@@ -101,18 +103,29 @@ def tokens_forwarded(trace: Trace, weights: Weights) -> Floats:
     return total
 
 
-def forwards_per_token(weights: Weights, lengths: Floats, *, lockstep: bool = False) -> float:
-    """ME forwards a token, all rows in one batch: expected in lockstep, else of one simulated `schedule`.
+def forwards_per_token(
+    weights: Weights, lengths: Floats, *, lockstep: bool = False, prompt_index: ArrayLike | None = None
+) -> float:
+    """ME forwards a token, all rows in one batch: expected in lockstep, else the mean of some simulated runs.
 
-    In lockstep a step runs every component that some row draws.
+    In lockstep a step runs every component that some row draws. Else `cost.me_work` counts, with the forwards in which
+    rows copy a prompt (N,) `prompt_index` that another one reads.
     """
     if not lockstep:
-        steps = int(lengths.max(initial=0))
-        path = np.random.default_rng(0).choice(len(weights), (len(lengths), steps), p=weights)
-        return sum(1 for _ in serves(path, lengths=lengths.astype(np.int64))) / float(lengths.sum())
+        steps, rng = int(lengths.max(initial=0)), np.random.default_rng(0)
+        after = np.arange(steps) >= lengths[:, None]
+        paths = rng.choice(len(weights), (_PATHS, len(lengths), steps), p=weights)
+        simulated = [me_work(np.where(after, -1, path), prompt_length=_known(prompt_index), prompt_index=prompt_index)
+                for path in paths]  # fmt: skip
+        return float(np.mean([work.cost.forwards for work in simulated]) / lengths.sum())
     alive = np.array([(lengths > step).sum() for step in range(int(lengths.max(initial=0)))], dtype=np.float64)
     runs = sum(1.0 - (1.0 - weight) ** alive for weight in weights)
     return float(np.sum(runs) / alive.sum())
+
+
+def _known(prompt_index: ArrayLike | None) -> int | NDArray[np.int64]:
+    """Lengths of prompts, which no number of forwards depends on."""
+    return 1 if prompt_index is None else np.ones(int(np.max(prompt_index)) + 1, dtype=np.int64)
 
 
 def checked_weights(weights: Sequence[float], n_components: int, name: str) -> Weights:
