@@ -31,8 +31,8 @@ from me_stats.lags import expected_prefill, lag_test, prefill_per_step
 from me_stats.models import MarkovModel
 from me_stats.per_sequence import detectable_ratio, variance_ratio
 from me_stats.record import Record, Recorder
-from me_stats.reproduce import load
 from me_stats.samplers.tabular import tabulate
+from me_stats.scripts import load
 from me_stats.trace import Trace
 from me_stats.variance import FrozenDraw, exact_split, pick_freeze, shared_variance, variance_growth
 

@@ -29,7 +29,6 @@ from me_stats.mixing import ConstantMixing, Mixing
 from me_stats.models import catalog
 from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
-from me_stats.reproduce import load
 from me_stats.routers import (
     BayesRouter,
     HiddenStateRouter,
@@ -46,6 +45,7 @@ from me_stats.routers import (
     scored_sequences,
     train_router,
 )
+from me_stats.scripts import load
 from me_stats.testing import check_sampler
 from me_stats.weights import fit_weights
 

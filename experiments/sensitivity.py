@@ -21,7 +21,7 @@ from me_stats.models import TableModel
 from me_stats.models.base import path_log_probs
 from me_stats.presets import SIBLINGS, Setting, open_recorded
 from me_stats.record import Record, Recorder
-from me_stats.reproduce import load
+from me_stats.scripts import load
 from me_stats.sensitivity import (
     Estimate,
     ExpectationPolynomial,

@@ -21,7 +21,7 @@ from me_stats.models.base import Prefix
 from me_stats.orders import OrderedLaw, Transforms
 from me_stats.presets import SIBLINGS, Setting, open_recorded
 from me_stats.record import Record, Recorder
-from me_stats.reproduce import load
+from me_stats.scripts import load
 
 NAME, TITLE = "transform_order", "The price of the order of transforms, cause by cause"
 

@@ -24,7 +24,7 @@ from me_stats.likelihood import MixtureLikelihood, em, newton
 from me_stats.models.base import path_log_probs
 from me_stats.presets import SIBLINGS, open_recorded
 from me_stats.record import Record, Recorder
-from me_stats.reproduce import load
+from me_stats.scripts import load
 from me_stats.sensitivity.reweight import shown
 from me_stats.transfer import CrossValidation, DomainFits, cross_validate, document_nll, fit_by_domain
 from me_stats.weights import WeightFit, fit_weights, held_out_nll

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -29,9 +29,9 @@ from me_stats import (
 from me_stats.cli_options import Device, Dtype, Precision, check_device, check_out, say
 
 if TYPE_CHECKING:
+    from me_stats.plans import Part
     from me_stats.record import Record
     from me_stats.report import Figures
-    from me_stats.reproduce import Part
 
 app = typer.Typer(
     help="Does sampling one model per token (ME) follow the ensemble's law (CE)? Exact proofs on toys, bounds on "
@@ -77,7 +77,10 @@ def _root(
 @app.command()
 def reproduce(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Toys and the bundled models only, smaller samples: no download.")
+        bool, typer.Option("--quick", help="Toys and the bundled models only: no download, about five minutes.")
+    ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Large samples and long generations: about three hours on two cores.")
     ] = False,
     models: Annotated[
         list[str] | None,
@@ -100,8 +103,9 @@ def reproduce(
     """Check the paper's claims by experiment, and write a report with figures, bounds and verdicts.
 
     Toys are proved exactly, by walking every random path of the samplers. Transformers are enumerated where
-    sequences are short, then sampled, tested and bounded. Finished parts are kept: run the same command again
-    after an interruption and it goes on where it stopped.
+    sequences are short, then sampled, tested and bounded. Without --quick or --full every claim is examined in about
+    a quarter of an hour. Finished parts are kept: run the same command again after an interruption and it goes on
+    where it stopped.
 
     Exit code: 0 all checks held, 1 a check failed, 2 bad usage or missing models, 130 interrupted.
 
@@ -109,14 +113,18 @@ def reproduce(
     Examples:
       me-stats reproduce --quick
       me-stats reproduce
-      me-stats reproduce --models Qwen/Qwen2.5-3B-Instruct Qwen/Qwen2.5-Math-1.5B-Instruct --device cuda
+      me-stats reproduce --full
+      me-stats reproduce --full --models Qwen/Qwen2.5-3B-Instruct Qwen/Qwen2.5-Math-1.5B-Instruct --device cuda
     """
-    from me_stats import reproduce as job
+    from me_stats import plans
 
     console = Console(stderr=True)
     check_out(out)
     check_device(device)
-    parts = job.plan(quick=quick, models=models, dtype=dtype.value, device=device, seed=seed)
+    if quick and full:
+        raise ValueError("give --quick or --full, not both")
+    size: plans.Size = "quick" if quick else "full" if full else "laptop"
+    parts = plans.plan(size=size, models=models, dtype=dtype.value, device=device, seed=seed)
     if only:
         unknown = sorted(set(only) - {part.name for part in parts})
         if unknown:
@@ -234,9 +242,10 @@ def _write(records: Sequence[Record], out: Path, folder: Path | None = None) -> 
 
 def _commands(records: Sequence[Record]) -> dict[str, str]:
     """The command that makes each record again, with the options that are not the default."""
-    from me_stats import reproduce as job
+    from me_stats import plans
 
-    default = {part.name for part in job.plan()}
+    sizes = get_args(plans.Size)
+    default = {part.name for size in sizes for part in plans.plan(size=size)}
     usual = {"device": "cpu", "dtype": "float32", "seed": 0}
     commands = {}
     for record in records:
@@ -250,8 +259,10 @@ def _commands(records: Sequence[Record]) -> dict[str, str]:
         options = {name: config[name] for name in usual if config.get(name, usual[name]) != usual[name]}
         if record.name not in default and "models" in config:
             options["models"] = config["models"]
-        full, quick = ({part.key for part in job.plan(**options, quick=small)} for small in (False, True))
-        words = ["me-stats", "reproduce"] + ["--quick"] * (record.key in quick - full)
+        planned = {size: {part.key for part in plans.plan(**options, size=size)} for size in sizes}
+        # A record of another version fits none of the sizes: those that we keep are of full runs.
+        size = next((size for size in ("laptop", "quick") if record.key in planned[size]), "full")
+        words = ["me-stats", "reproduce"] + [f"--{size}"] * (size != "laptop")
         for name, value in options.items():
             words += [f"--{name}", *map(str, value if name == "models" else [value])]
         commands[record.name] = shlex.join([*words, "--only", record.name])

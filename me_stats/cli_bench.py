@@ -80,10 +80,10 @@ def bench(
     _prepare(models, device, console)
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from me_stats import reproduce as job
+    from me_stats import scripts
     from me_stats.record import config_key
 
-    script = job.load("experiments", "speed")
+    script = scripts.load("experiments", "speed")
     config = script.Config(
         models=tuple(models), dtype=dtype.value, device=device, steps=steps, batch_steps=steps,
         prompt_length=prompt_length, rounds=rounds, curve_dtypes=(), seed=seed, **options,
@@ -106,7 +106,7 @@ def bench(
             raise
     record = dataclasses.replace(record, name=RECORD)
     record.save(out / f"{RECORD}.json")
-    figure = job.load("figures", "speed").draw(record, out)
+    figure = scripts.load("figures", "speed").draw(record, out)
     show(record, Console())
     say(console, f"Record and figure: {out}, {figure.paths[-1].name}")
 

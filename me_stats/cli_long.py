@@ -77,9 +77,9 @@ def long(
     prepare_models(models, device=device, say=lambda line: say(console, line))
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-    from me_stats import reproduce as job
+    from me_stats import scripts
 
-    experiment = job.load("experiments", "long")
+    experiment = scripts.load("experiments", "long")
     config = experiment.Config(
         models=tuple(models), prompts=tuple(prompt) if prompt else None, weights=law, dtype=dtype.value, device=device,
         rows=rows, steps=steps, batch=min(batch, rows), blocks=blocks, window=window, hop=hop,
@@ -105,7 +105,7 @@ def long(
             raise
     record = dataclasses.replace(record, name="long")
     record.save(out / "long.json")
-    figure = job.load("figures", "long").draw(record, out)
+    figure = scripts.load("figures", "long").draw(record, out)
     Console().print(table(record))
     for finding in record.findings:
         mark = "held" if finding.held else "FAILED"

@@ -264,9 +264,9 @@ _LINES: dict[str, Callable[[dict[str, Any]], str]] = {
 
 
 def _write(recorder: Any, results: dict[str, Any], out: Path, console: Console) -> None:
-    from me_stats import reproduce as job
+    from me_stats import scripts
 
     record = recorder.finish(results)
     record.save(out / "tokenizer_audit.json")
-    drawn = job.load("figures", "tokenizer_audit").draw(record, out)
+    drawn = scripts.load("figures", "tokenizer_audit").draw(record, out)
     say(console, f"Results: {out / 'tokenizer_audit.json'}, {drawn.image}")

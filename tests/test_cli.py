@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from me_stats import __version__, cli
+from me_stats import __version__, cli, plans
 from me_stats import record as record_module
 from me_stats import reproduce as job
 from me_stats.models import catalog
@@ -23,8 +23,8 @@ from tests import tiny
 from tests.commands import Run, save_records
 
 
-def plan_of(monkeypatch: pytest.MonkeyPatch, *parts: job.Part) -> None:
-    monkeypatch.setattr(job, "plan", lambda **_: list(parts))
+def plan_of(monkeypatch: pytest.MonkeyPatch, *parts: plans.Part) -> None:
+    monkeypatch.setattr(plans, "plan", lambda **_: list(parts))
 
 
 # The process itself
@@ -96,13 +96,13 @@ def test_without_a_command_the_help_shows(run: Run, arguments: tuple[str, ...]) 
 def test_several_models(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]) -> None:
     seen: dict[str, Any] = {}
 
-    def plan(**options: Any) -> list[job.Part]:
+    def plan(**options: Any) -> list[plans.Part]:
         seen.update(options)
         raise ValueError("seen")
 
-    monkeypatch.setattr(job, "plan", plan)
+    monkeypatch.setattr(plans, "plan", plan)
     assert run("reproduce", *arguments).line == "me-stats: seen"
-    assert seen == {"models": ["org/a", "org/b"], "seed": 5, "quick": False, "dtype": "float32", "device": "cpu"}
+    assert seen == {"models": ["org/a", "org/b"], "seed": 5, "size": "laptop", "dtype": "float32", "device": "cpu"}
 
 
 def test_spread_repeats_only_the_named_options() -> None:
@@ -136,7 +136,7 @@ def test_all_checks_held(run: Run, instant: list[str], tmp_path: Path) -> None:
 
 
 def test_a_real_part_end_to_end(run: Run, tmp_path: Path, no_figures: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    plan_of(monkeypatch, job.Part("toy_equivalence", "", tiny.config("toy_equivalence")))
+    plan_of(monkeypatch, plans.Part("toy_equivalence", "", tiny.config("toy_equivalence")))
     assert run("reproduce", "--out", "here").code == 0
     record = Record.load(tmp_path / "here" / "records" / "toy_equivalence.json")
     assert record.held
@@ -147,7 +147,7 @@ def test_a_failed_check_is_named_and_exits_1(
     run: Run, tmp_path: Path, no_figures: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Honest failure: no arithmetic in float64 is this exact.
-    plan_of(monkeypatch, job.Part("toy_equivalence", "", tiny.config("toy_equivalence", tolerance=1e-300)))
+    plan_of(monkeypatch, plans.Part("toy_equivalence", "", tiny.config("toy_equivalence", tolerance=1e-300)))
     result = run("reproduce", "--out", "here")
     assert result.code == 1
     failed = [line for line in result.err.splitlines() if line.startswith("check failed ")]
@@ -296,12 +296,13 @@ def test_report_reads_records_and_runs_nothing(run: Run, instant: list[str], tmp
 @pytest.mark.parametrize(
     ("name", "options", "command"),
     [
+        ("per_step-siblings", {"size": "full"}, "me-stats reproduce --full --only per_step-siblings"),
         ("per_step-siblings", {}, "me-stats reproduce --only per_step-siblings"),
-        ("per_step-siblings", {"quick": True}, "me-stats reproduce --quick --only per_step-siblings"),
+        ("speed-siblings", {"size": "quick"}, "me-stats reproduce --quick --only speed-siblings"),
         (
             "per_step-siblings",
-            {"quick": True, "seed": 3, "dtype": "bfloat16"},
-            "me-stats reproduce --quick --dtype bfloat16 --seed 3 --only per_step-siblings",
+            {"size": "full", "seed": 3, "dtype": "bfloat16"},
+            "me-stats reproduce --full --dtype bfloat16 --seed 3 --only per_step-siblings",
         ),
         (
             "cache_floor-org_a+org_b-cuda",
@@ -315,13 +316,13 @@ def test_report_reads_records_and_runs_nothing(run: Run, instant: list[str], tmp
 def test_the_command_beside_a_record_makes_it_again(
     monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], command: str
 ) -> None:
-    part = next(part for part in job.plan(**options) if part.name == name)
+    part = next(part for part in plans.plan(**options) if part.name == name)
     shell = cli._commands([_named(part)])[name]
     assert shell.endswith(command)
     # And the command, parsed as a shell would, plans the part with this very key.
     seen: list[str] = []
 
-    def run_part(planned: job.Part, *_: Any) -> Record:
+    def run_part(planned: plans.Part, *_: Any) -> Record:
         seen.append(planned.key)
         raise KeyboardInterrupt
 
@@ -335,7 +336,7 @@ def test_the_command_beside_a_record_makes_it_again(
     assert seen == [part.key]
 
 
-def _named(part: job.Part) -> Record:
+def _named(part: plans.Part) -> Record:
     recorder = record_module.Recorder(part.experiment, "Title", part.config)
     return replace(recorder.finish({}), name=part.name)
 

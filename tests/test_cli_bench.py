@@ -12,8 +12,7 @@ from typing import Any
 import pytest
 from transformers.utils import logging
 
-from me_stats import cli_bench, rounds
-from me_stats import reproduce as job
+from me_stats import cli_bench, rounds, scripts
 from me_stats.presets import SIBLINGS
 from me_stats.record import Record
 from me_stats.report.style import read_data
@@ -33,7 +32,7 @@ def no_bars() -> Iterator[None]:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few spans: what they calibrate is tested elsewhere."""
-    script = job.load("experiments", "speed")
+    script = scripts.load("experiments", "speed")
     whole = script.Config
 
     def config(**options: Any) -> Any:

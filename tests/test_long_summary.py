@@ -15,7 +15,7 @@ from scipy import stats
 from me_stats import long_summary
 from me_stats.long_run import ARMS, LongPlan
 from me_stats.long_summary import Comparison, LongSummary, compare, statistics, summarise
-from me_stats.reproduce import load
+from me_stats.scripts import load
 
 Floats = NDArray[np.float64]
 PROMPTS, BLOCKS, SIZE = 4, 6, 20

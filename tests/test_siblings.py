@@ -11,7 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from me_stats.reproduce import load
+from me_stats.scripts import load
 
 BUNDLED = Path(__file__).parents[1] / "me_stats" / "models" / "bundled"
 DOMAINS = ("prose", "code")

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from me_stats.models import TransformersModel
 from me_stats.models.catalog import get_entry
-from me_stats.reproduce import load
+from me_stats.scripts import load
 from me_stats.tokenizer_bytes import AWKWARD, SPACE
 from me_stats.vocabulary_map import Role, TokenBytes
 

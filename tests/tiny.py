@@ -13,7 +13,7 @@ from typing import Any
 
 from filelock import FileLock
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.presets import SIBLINGS
 from me_stats.record import Record, config_key, plain
 
@@ -115,7 +115,7 @@ APART = {
 
 def experiment(name: str) -> ModuleType:
     """The module that the main job would run."""
-    return job.load("experiments", name)
+    return scripts.load("experiments", name)
 
 
 def config(name: str, **changes: Any) -> Any:

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from me_stats import chi_square, report
-from me_stats import reproduce as job
+from me_stats import chi_square, report, scripts
 from me_stats.goodness import Portfolio
 from me_stats.record import Record, config_key
 from me_stats.report.markdown import report_markdown
@@ -20,7 +19,7 @@ from me_stats.report.style import read_data
 from tests import tiny
 from tests.laws import zipf_pair
 
-calibration = job.load("experiments", "calibration")
+calibration = scripts.load("experiments", "calibration")
 TINY = tiny.OPTIONS["calibration"]
 
 
@@ -161,7 +160,7 @@ def test_rank_bins_are_fixed_by_the_null() -> None:
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = job.load("figures", "calibration")
+    script = scripts.load("figures", "calibration")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

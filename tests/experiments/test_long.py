@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from me_stats import MESampler, SequenceMixtureSampler, long_run
+from me_stats import MESampler, SequenceMixtureSampler, long_run, plans, scripts
 from me_stats import reproduce as job
 from me_stats.draws import Draw
 from me_stats.record import Record, config_key
@@ -22,7 +22,7 @@ from tests import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-long = job.load("experiments", "long")
+long = scripts.load("experiments", "long")
 TINY: dict[str, Any] = tiny.OPTIONS["long"]
 # For planted errors: two arms of short rows without a window, 64 of them.
 SMALL = TINY | {
@@ -140,7 +140,7 @@ def test_a_control_without_teeth_is_noticed(monkeypatch: pytest.MonkeyPatch) -> 
 
 def test_reproduce_keeps_the_parts_and_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = long.Config(**SMALL | {"rows": 16, "steps": 24, "batch": 8, "blocks": 3})
-    part = job.Part("long", "siblings", config)
+    part = plans.Part("long", "siblings", config)
     monkeypatch.setattr(long, "_workers", lambda config: 1)
     work = tmp_path / "work" / config_key("long", config)
 
@@ -179,11 +179,11 @@ def test_narrow_types_have_a_floor() -> None:
 
 
 def caption(record: Record, folder: Path) -> str:
-    return str(job.load("figures", "long").draw(record, folder).caption)
+    return str(scripts.load("figures", "long").draw(record, folder).caption)
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = job.load("figures", "long")
+    script = scripts.load("figures", "long")
     tiny.record("long").save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

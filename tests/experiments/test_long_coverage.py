@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.exact import sequence_law
 from me_stats.record import Record
 from me_stats.report.style import read_data
 from me_stats.samplers import MESampler, SequenceMixtureSampler
 from tests import tiny
 
-coverage = job.load("experiments", "long_coverage")
+coverage = scripts.load("experiments", "long_coverage")
 TINY: dict[str, Any] = tiny.OPTIONS["long_coverage"]
 # For planted errors, which show in few runs.
 SMALL: dict[str, Any] = {"repeats": 60, "rows": 32, "steps": 64, "pairs": 1000, "many": 400}
@@ -141,7 +141,7 @@ def test_a_right_sampler_passed_as_control_is_found(monkeypatch: pytest.MonkeyPa
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path) -> None:
-    script = job.load("figures", "long_coverage")
+    script = scripts.load("figures", "long_coverage")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

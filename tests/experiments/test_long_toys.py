@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.models import MarkovModel
 from me_stats.record import Record
 from me_stats.report.style import read_data
@@ -19,7 +19,7 @@ from me_stats.routers import StickySampler
 from me_stats.samplers import MESampler, SequenceMixtureSampler
 from tests import tiny
 
-long_toys = job.load("experiments", "long_toys")
+long_toys = scripts.load("experiments", "long_toys")
 TINY: dict[str, Any] = tiny.OPTIONS["long_toys"]
 
 
@@ -158,7 +158,7 @@ def test_toys_are_what_they_say() -> None:
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path) -> None:
-    script = job.load("figures", "long_toys")
+    script = scripts.load("figures", "long_toys")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

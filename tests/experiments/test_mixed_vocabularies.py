@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.mixing import ConstantMixing
 from me_stats.models import Ensemble
 from me_stats.models.aligned import AlignedSession
@@ -17,7 +17,7 @@ from me_stats.record import Record
 from me_stats.samplers import MESampler
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
 
-experiment: Any = job.load("experiments", "mixed_vocabularies")
+experiment: Any = scripts.load("experiments", "mixed_vocabularies")
 TESTED = experiment.Config(rows=1, steps=16, tested=8, tested_steps=16)
 CONFIG = experiment.Config(rows=1, steps=16, tested=0)
 

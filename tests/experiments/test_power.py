@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.goodness import Portfolio
 from me_stats.record import Record, config_key
 from me_stats.report.style import read_data
@@ -19,8 +19,8 @@ from me_stats.samplers import SequenceMixtureSampler
 from me_stats.testing import MUTANTS, Mutant
 from tests import tiny
 
-power: Any = job.load("experiments", "power")
-one_step: Any = job.load("experiments", "power_one_step")
+power: Any = scripts.load("experiments", "power")
+one_step: Any = scripts.load("experiments", "power_one_step")
 MODULES = {"power": power, "power_one_step": one_step}
 TINY = tiny.OPTIONS
 
@@ -47,7 +47,7 @@ def test_every_check_holds(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODULES)
 def test_the_figure_is_drawn_from_the_record(name: str, tmp_path: Path) -> None:
-    script = job.load("figures", name)
+    script = scripts.load("figures", name)
     record(name).save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

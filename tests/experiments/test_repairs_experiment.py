@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.record import Record, Recorder, config_key
 from me_stats.report.style import read_data
 from me_stats.samplers import FixedMaskSampler, SpeculativeSampler
 
-repairs: Any = job.load("experiments", "repairs")
+repairs: Any = scripts.load("experiments", "repairs")
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY: dict[str, Any] = {
     "toys": 1, "exact_cases": (("top-k 5", 1), ("greedy", 3)), "rows": 24, "steps": 24, "first": 100,
@@ -177,7 +177,7 @@ def test_planted_errors_are_seen_on_networks(plant: Plant, monkeypatch: pytest.M
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = job.load("figures", "repairs")
+    script = scripts.load("figures", "repairs")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

@@ -174,11 +174,11 @@ def test_loss_from_sums_is_loss_token_by_token() -> None:
 
 
 def test_the_figure_needs_no_printable_text(tmp_path: Any) -> None:
-    from me_stats import reproduce
+    from me_stats import scripts
 
     record = tiny.record("routers")
     results = {**record.results, "picture": {**record.results["picture"]}}
     signs = "$\\·%" + results["picture"]["text"][4:]
     results["picture"]["text"] = signs
-    figure = reproduce.load("figures", "routers").draw(replace(record, results=results), tmp_path)
+    figure = scripts.load("figures", "routers").draw(replace(record, results=results), tmp_path)
     assert all(path.stat().st_size > 5000 for path in figure.paths)

@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.record import Record
 from me_stats.report.style import read_data
 from me_stats.sensitivity import Estimate
 from tests import tiny
 
-sensitivity: Any = job.load("experiments", "sensitivity")
+sensitivity: Any = scripts.load("experiments", "sensitivity")
 
 
 @pytest.fixture(scope="module")
@@ -180,7 +180,7 @@ def test_three_models_have_no_line() -> None:
 
 
 def test_the_caption_says_what_the_record_says(record: Record, tmp_path: Path) -> None:
-    draw = job.load("figures", "sensitivity").draw
+    draw = scripts.load("figures", "sensitivity").draw
     record.save(tmp_path / "record.json")
     drawn = draw(Record.load(tmp_path / "record.json"), tmp_path)
     assert read_data(drawn.image) == {"caption": drawn.caption, "key": record.key}

@@ -10,15 +10,14 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from me_stats import MESampler, SequenceMixtureSampler
-from me_stats import reproduce as job
+from me_stats import MESampler, SequenceMixtureSampler, scripts
 from me_stats.draws import Draw
 from me_stats.record import Record, config_key
 from me_stats.report.style import read_data
 from tests import tiny
 from tests.stand_ins import Ungrouped
 
-shared_draws = job.load("experiments", "shared_draws")
+shared_draws = scripts.load("experiments", "shared_draws")
 TINY: dict[str, Any] = tiny.OPTIONS["shared_draws"]
 # For planted errors on toys, which show in one batch size.
 SMALL = TINY | {"batches": (8,), "coverage_runs": 30, "runs": 40, "power_runs": 40}
@@ -137,7 +136,7 @@ def test_tests_that_find_nothing_are_found(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = job.load("figures", "shared_draws")
+    script = scripts.load("figures", "shared_draws")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

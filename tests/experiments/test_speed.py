@@ -13,16 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from me_stats import bench_results, stopwatch
-from me_stats import reproduce as job
+from me_stats import bench_results, scripts, stopwatch
 from me_stats.bench import Cell
 from me_stats.record import Record, Recorder, config_key
 from me_stats.report.style import read_data
 from me_stats.samplers import MESampler
 from tests import tiny
 
-speed = job.load("experiments", "speed")
-figure = job.load("figures", "speed")
+speed = scripts.load("experiments", "speed")
+figure = scripts.load("figures", "speed")
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.models import ragged
 from me_stats.record import Record
 from me_stats.report.style import read_data
 
-forecast = job.load("experiments", "speed_forecast")
+forecast = scripts.load("experiments", "speed_forecast")
 TINY: dict[str, Any] = {
     "groups": ("qwen", "mixed"), "batches": (1, 8, 32), "steps": 64, "overheads": (0.05, 0.5), "equal_sizes": (1, 3),
     "launches": (0.0, 0.02),
@@ -115,7 +115,7 @@ def test_a_forecast_that_lets_me_run_all_components_is_found(monkeypatch: pytest
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = job.load("figures", "speed_forecast")
+    script = scripts.load("figures", "speed_forecast")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

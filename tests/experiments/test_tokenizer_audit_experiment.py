@@ -14,8 +14,7 @@ from typing import Any
 import pytest
 from tokenizers import normalizers
 
-from me_stats import reproduce as job
-from me_stats import tokenizer_survey
+from me_stats import scripts, tokenizer_survey
 from me_stats.models import TableModel
 from me_stats.presets import SIBLINGS
 from me_stats.record import Record, config_key
@@ -24,7 +23,7 @@ from me_stats.report.style import read_data
 from me_stats.tokenizer_audit import canonical_runs
 from me_stats.vocabulary_map import ByteStrings
 
-tokenizers = job.load("experiments", "tokenizer_audit")
+tokenizers = scripts.load("experiments", "tokenizer_audit")
 TINY: dict[str, Any] = {"models": SIBLINGS, "tokenizers": (), "files": (), "planted": True, "rows": 4, "steps": 12}
 BARE: dict[str, Any] = TINY | {"models": (), "rows": 0}
 
@@ -209,7 +208,7 @@ def test_progress_and_own_text(tmp_path: Path) -> None:
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path) -> None:
-    script = job.load("figures", "tokenizer_audit")
+    script = scripts.load("figures", "tokenizer_audit")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

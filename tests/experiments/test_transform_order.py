@@ -15,8 +15,7 @@ import numpy as np
 import pytest
 import torch
 
-from me_stats import CESampler, ConstantMixing, Ensemble, MESampler
-from me_stats import reproduce as job
+from me_stats import CESampler, ConstantMixing, Ensemble, MESampler, scripts
 from me_stats.models import Aligned, MarkovModel, TableModel, Temperature
 from me_stats.orders import Stage, Transforms
 from me_stats.presets import Setting
@@ -25,8 +24,8 @@ from me_stats.report.style import read_data
 from me_stats.vocabulary_map import ByteStrings, TokenBytes
 from tests.stand_ins import stale_cache, toothless_transform
 
-transform_order = job.load("experiments", "transform_order")
-ledger = job.load("experiments", "ledger")
+transform_order = scripts.load("experiments", "transform_order")
+ledger = scripts.load("experiments", "ledger")
 TINY: dict[str, Any] = {"rows": 4, "steps": 16, "sequence_rows": 24, "sequence_steps": 16}
 BARE: dict[str, Any] = TINY | {"curves": False}
 
@@ -226,7 +225,7 @@ def test_several_vocabularies_have_findings_of_their_own(monkeypatch: pytest.Mon
     claims = [(finding.claim, finding.verdict) for finding in found.findings]
     assert claims.count(("C8", "refuted as stated")) == 2
     assert claims.count(("C8", "reproduced at small scale")) == 1
-    figure = job.load("figures", "transform_order").draw(found, tmp_path)
+    figure = scripts.load("figures", "transform_order").draw(found, tmp_path)
     assert "byte toys" in figure.caption
 
 
@@ -361,7 +360,7 @@ def plain_results() -> dict[str, Any]:
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = job.load("figures", "transform_order")
+    script = scripts.load("figures", "transform_order")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from scipy.stats import norm
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.record import Record, config_key
 from me_stats.report.markdown import report_markdown
 from me_stats.report.style import read_data
 from tests import tiny
 
-tv_bounds = job.load("experiments", "tv_bounds")
+tv_bounds = scripts.load("experiments", "tv_bounds")
 TINY = tiny.OPTIONS["tv_bounds"]
 
 
@@ -128,7 +128,7 @@ def test_a_sequence_interval_that_misses_is_found(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = job.load("figures", "tv_bounds")
+    script = scripts.load("figures", "tv_bounds")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.record import Record, config_key
 from me_stats.report.style import read_data
 from me_stats.sensitivity.readings import repetition
 from me_stats.variance import FrozenDraw
 from tests import tiny
 
-experiment = job.load("experiments", "variance_reduction")
+experiment = scripts.load("experiments", "variance_reduction")
 TINY: dict[str, Any] = tiny.OPTIONS["variance_reduction"]
 
 
@@ -167,7 +167,7 @@ def test_a_biased_mean_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_figure_is_drawn_from_the_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    script = job.load("figures", "variance_reduction")
+    script = scripts.load("figures", "variance_reduction")
     record().save(tmp_path / "record.json")
     loaded = Record.load(tmp_path / "record.json")
     figure = script.draw(loaded, tmp_path / "one")

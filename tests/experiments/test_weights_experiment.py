@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.corpus import Document
 from me_stats.likelihood import Maximum
 from me_stats.presets import SIBLINGS
@@ -21,7 +21,7 @@ from me_stats.record import Record
 from me_stats.report.style import read_data
 from tests import tiny
 
-weights: Any = job.load("experiments", "weights")
+weights: Any = scripts.load("experiments", "weights")
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def test_power_is_that_of_intervals_which_do_not_touch(record: Record) -> None:
 def test_texts_are_unseen_disjoint_and_of_equal_size() -> None:
     documents = weights.held_out(3000, 300)
     by_domain = {name: [d.content for d in documents if d.domain == name] for name in weights.DOMAINS}
-    trained = {name: job.load("experiments", "train_siblings").corpora()[name][0] for name in ("prose", "code")}
+    trained = {name: scripts.load("experiments", "train_siblings").corpora()[name][0] for name in ("prose", "code")}
     for name, texts in by_domain.items():
         assert sum(len(text.encode()) for text in texts) == pytest.approx(3000, abs=8)
         assert max(len(text.encode()) for text in texts) <= 300
@@ -219,7 +219,7 @@ def test_domains_that_are_one_do_not_move(
     found = run(runs=0)
     assert found.findings[0].verdict == verdict
     assert found.findings[0].held == held
-    caption = job.load("figures", "weights").draw(found, tmp_path).caption
+    caption = scripts.load("figures", "weights").draw(found, tmp_path).caption
     assert caption.startswith("The best λ is not seen to move")
 
 
@@ -249,7 +249,7 @@ def test_three_components_are_drawn_as_dots(record: Record, tmp_path: Path) -> N
     for fit in results["fits"].values():
         fit["weights"], fit["intervals"] = [0.2, 0.3, 0.5], [[0.1, 0.3], [0.2, 0.4], [0.4, 0.6]]
     del results["coverage"]
-    drawn = job.load("figures", "weights").draw(dataclasses.replace(record, results=results), tmp_path)
+    drawn = scripts.load("figures", "weights").draw(dataclasses.replace(record, results=results), tmp_path)
     assert read_data(drawn.image)["caption"] == drawn.caption
     assert "Simulated" not in drawn.caption
 

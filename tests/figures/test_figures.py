@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from me_stats import reproduce as job
+from me_stats import scripts
 from me_stats.record import Record, plain
 from me_stats.report import Figure
 from me_stats.report.style import read_data
@@ -27,7 +27,7 @@ def loaded(name: str, folder: Path) -> Record:
 
 
 def draw(name: str, record: Record, folder: Path) -> Figure:
-    figure: Figure = job.load("figures", name).draw(record, folder)
+    figure: Figure = scripts.load("figures", name).draw(record, folder)
     return figure
 
 
@@ -52,7 +52,7 @@ def test_two_formats_one_caption_same_bytes(name: str, tmp_path: Path, monkeypat
 
 def caption(name: str, record: Record, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """The caption alone; drawing is slow, and files are tested above."""
-    module = job.load("figures", name)
+    module = scripts.load("figures", name)
     monkeypatch.setattr(module, "save", lambda fig, stem, data: [stem.with_suffix(".png")])
     return draw(name, record, folder).caption
 
@@ -140,5 +140,5 @@ def test_one_model_and_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 def test_every_experiment_has_a_figure_of_its_name() -> None:
-    folder = Path(job.load("figures", "per_step").__file__).parent  # type: ignore[arg-type]
+    folder = Path(scripts.load("figures", "per_step").__file__).parent  # type: ignore[arg-type]
     assert {path.stem for path in folder.glob("*.py")} == set(NAMES)
