@@ -17,6 +17,7 @@ from rich.markup import escape
 
 from me_stats import (
     __version__,
+    cli_audit,
     cli_bench,
     cli_compare,
     cli_long,
@@ -47,10 +48,12 @@ app.command()(cli_long.long)
 app.command()(cli_compare.compare)
 app.command()(cli_bench.bench)
 app.command()(cli_tokenizers.tokenizers)
+app.command()(cli_audit.audit_table)
 app.command(cli_router.NAME)(cli_router.train_router)
 
 # Options that take several values after one name.
-_REPEATED = ("--models", "--only", "--text", "--domain", "--prompt", "--against", "--batch", "--weights", "--arms")
+_REPEATED = ("--models", "--only", "--text", "--domain", "--prompt", "--against", "--batch", "--weights", "--arms",
+             "--items")  # fmt: skip
 OK, CHECK_FAILED, BAD_USAGE, INTERRUPTED = 0, 1, 2, 130
 # RuntimeErrors that say what to do; any other is a bug and keeps its traceback.
 _EXPECTED = (("me_stats.models.catalog", "CatalogError"), ("me_stats.parts", "WorkerDied"))

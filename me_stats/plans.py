@@ -55,7 +55,7 @@ def plan(
     `models` replaces the default sets and leaves the last group out; the toys run in every case.
 
     >>> [len(plan(size=size)) for size in ("quick", "laptop", "full")]
-    [29, 37, 44]
+    [30, 38, 45]
     """
     toys = {"shapes": ((2, 5, 3), (3, 3, 3), (4, 2, 3))} if size != "full" else {}
     parts = [Part("toy_equivalence", "", _config("toy_equivalence", seed=seed, **toys))]
@@ -249,6 +249,7 @@ _MIXED_LAPTOP: Options = {
 _MIXED: dict[Size, Options] = {"quick": _MIXED_LAPTOP, "laptop": _MIXED_LAPTOP, "full": _MIXED_FULL}
 
 _SMALL_INSTRUMENTS: Options = {
+    "audit": {},
     "long_toys": {
         "rows": 2000, "steps": 512, "long_steps": 100_000, "window": 1000, "waits": (100, 1000, 10_000, 100_000),
     },

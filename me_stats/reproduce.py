@@ -76,6 +76,7 @@ ORDER = (
     "long",
     "shared_draws",
     "variance_reduction",
+    "audit",
     "long_toys",
     "long_coverage",
     "speed_forecast",

@@ -51,6 +51,7 @@ def test_module_runs_as_a_program(argument: str, expected: str) -> None:
         ("compare",),
         ("bench",),
         ("tokenizers",),
+        ("audit-table",),
         ("models", "list"),
         ("models", "pull"),
         ("models", "path"),
@@ -67,7 +68,8 @@ def test_help_of_every_command_has_an_example(run: Run, command: tuple[str, ...]
 def test_every_command_is_in_the_help(run: Run) -> None:
     functions = {command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None}
     commands = {name.replace("_", "-") for name in functions}
-    known = {"reproduce", "report", "fit-lambda", "sweep", "long", "compare", "tokenizers", "train-router", "bench"}
+    known = {"reproduce", "report", "fit-lambda", "sweep", "long", "compare", "tokenizers", "train-router", "bench",
+             "audit-table"}  # fmt: skip
     assert commands == known
     text = run("--help").out
     assert all(name in text for name in (*commands, "models"))

@@ -59,6 +59,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "permutations": 99, "sibling_groups": 5, "steps": 16, "timed_groups": 1, "repeats": 1,
     },
     "variance_reduction": {"rows": 16, "steps": 24, "path_rows": 4, "toys": 1, "toy_runs": 40, "toy_rows": 60},
+    "audit": {"tables": 3000},
     "long_toys": {
         "rows": 500, "steps": 64, "long_rows": 8, "long_steps": 10_000, "window": 1000, "waits": (100, 1000, 10_000),
         "test_rows": 200, "test_level": 1e-3,
@@ -101,6 +102,7 @@ APART = {
     "repairs": "test_repairs_experiment.py",
     "mixed_vocabularies": "test_mixed_vocabularies.py",
     "tokenizer_audit": "test_tokenizer_audit_experiment.py",
+    "audit": "test_audit_experiment.py",
     "weights": "test_weights_experiment.py",
     "sensitivity": "test_sensitivity_experiment.py",
     "routers": "test_routers.py",
