@@ -30,11 +30,12 @@ def draw(record: Record, folder: Path) -> Figure:
             ax.axhline(row["own_cache"]["mean"], color=color, linewidth=2.5, alpha=0.25)
         stale = [row["stale_by_one"]["mean"] for row in rows if row["model"] == model]
         ax.axhline(stale[0], color=COLORS["control"], linestyle="--", linewidth=0.9)
-        ax.text(lags[-1], stale[0] * 1.25, "one token missing", color=COLORS["control"], fontsize=7, ha="right")
+        ax.text(lags[-1], stale[0] * 1.5, "one token missing", color=COLORS["control"], fontsize=7, ha="right",
+                va="bottom")  # fmt: skip
         ax.set(xscale="log", yscale="log", title=model, xlabel="tokens caught up in one forward")
         ax.set_xticks(lags, [str(lag) for lag in lags])
         ax.minorticks_off()
-        ax.set_ylim(top=3)
+        ax.set_ylim(top=20)
     axes[0].set_ylabel("TV from a fresh prefill")
     handles, labels = axes[0].get_legend_handles_labels()
     kept = [i for i, label in enumerate(labels) if label != "largest"] + [labels.index("largest")]

@@ -24,6 +24,7 @@ def draw(record: Record, folder: Path) -> Figure:
     for place, (_, value, color, marker) in enumerate(rows):
         ax.plot(max(value, 1e-12), place, marker, color=color, markersize=5)
     ax.axvline(record.config["margin"], color=COLORS["floor"], linestyle="--", linewidth=0.9)
+    ax.text(record.config["margin"] * 1.3, -0.25, "margin", color="0.35", fontsize=7, va="center")
     ax.set_yticks(range(len(rows)), [name for name, *_ in rows])
     ax.set(xscale="log", xlim=(1e-10, 3), ylim=(len(rows) - 0.5, -0.5), xlabel="total variation of one ME step")
     ax.set_xticks([1e-9, 1e-6, 1e-3, 1])

@@ -83,7 +83,7 @@ def _row(ax: Any, place: int, row: dict[str, Any], cap: int, on_model: dict[str,
     # Beside the mark: to its right, or to its left where it stands at the cap.
     end = max(high, (on_model or {}).get("median") or 0) if row["median"] else cap
     side: dict[str, Any] = {"xytext": (5, 0), "ha": "left"} if row["median"] else {"xytext": (-5, 0), "ha": "right"}
-    ax.annotate(found, (end, place), textcoords="offset points", va="center", fontsize=5.6, color="0.35", **side)
+    ax.annotate(found, (end, place), textcoords="offset points", va="center", fontsize=6, color="0.35", **side)
 
 
 def _evidence(ax: Any, record: Record, threshold: float, height: float) -> None:

@@ -80,7 +80,7 @@ def _table(ax: Any, rows: list[dict[str, Any]], width: int, title: str) -> None:
                 color = _FOUND(0.75 * max(0.0, share - alarms))
             ax.add_patch(Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="0.75", linewidth=0.4))
             text = "too sparse" if sparse else _share(share)
-            ax.text(x, y, text, ha="center", va="center", fontsize=5.5 if sparse else 6.5, color="0.1")
+            ax.text(x, y, text, ha="center", va="center", fontsize=6 if sparse else 6.5, color="0.1")
     ax.axvline(0.5, color="0.2", linewidth=1.0)
     ours = [y for y, test in enumerate(tests) if test.startswith("portfolio")]
     split = len(ours) - 0.5 if ours else 1.5

@@ -14,6 +14,9 @@ from me_stats.report.style import COLORS, MARKERS, figure, save
 _COLORS = {"prose": COLORS["component 1"], "code": COLORS["component 2"], "mixed": COLORS["component 3"]}
 _MARKERS = {"prose": MARKERS["component 1"], "code": MARKERS["component 2"], "mixed": MARKERS["component 3"]}
 
+_PALE = 0.05
+"""Nats a token below which a loss is no dark cell, though it were the largest."""
+
 
 def draw(record: Record, folder: Path) -> Figure:
     """Left: loss over λ and λ̂ by domain. Middle: loss at other domains' λ̂. Right: coverage of simulated intervals."""
@@ -68,11 +71,12 @@ def _dots(ax: Any, results: dict[str, Any]) -> None:
 def _transfer(ax: Any, results: dict[str, Any]) -> None:
     names, excess = list(results["fits"]), np.array(results["transfer"]["excess"])
     intervals = np.array(results["transfer"]["intervals"])
-    ax.imshow(excess, cmap="Blues", vmin=0, vmax=1.3 * max(excess.max(), 1e-9))
+    ax.imshow(excess, cmap="Blues", vmin=0, vmax=max(1.3 * excess.max(), _PALE))
+    digits = 3 if excess.max() >= 0.005 else 4
     for (i, j), value in np.ndenumerate(excess):
-        dark = value > 0.85 * excess.max()
+        dark = value > 0.65 * max(1.3 * excess.max(), _PALE)
         half = intervals[i, j, 1] - value
-        text = "0" if i == j else f"{value:.3f}\n±{half:.3f}"
+        text = "0" if i == j else f"{value:.{digits}f}\n±{half:.{digits}f}"
         ax.text(j, i, text, ha="center", va="center", fontsize=7, color="white" if dark else "0.15")
     ax.set_xticks(range(len(names)), names)
     ax.set_yticks(range(len(names)), names, rotation=90, va="center")

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from me_stats.claims import CLAIMS, verdict
 from me_stats.record import Finding, Record, experiment_of
+from me_stats.report import deciding
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 # A number in scientific notation that stands alone, and too short to be a hash such as 7e21468.
@@ -62,9 +63,13 @@ class Evidence:
 
     @property
     def deciding(self) -> Finding | None:
-        """The finding behind the verdict; among several, the one with the largest bound."""
-        findings = [finding for finding in self.findings if finding.verdict == self.verdict]
-        return max(findings, key=lambda f: -1.0 if f.tv_upper is None else float(f.tv_upper), default=None)
+        """The finding behind the verdict, as `me_stats.report.deciding` chooses it."""
+        return deciding.choose(self.claim, self.verdict, self.named)
+
+    @property
+    def named(self) -> tuple[tuple[str, Finding], ...]:
+        """(record, finding) for each finding."""
+        return tuple((record.name, f) for record in self.records for f in record.findings if f.claim == self.claim)
 
     @property
     def failures(self) -> tuple[tuple[str, str], ...]:
@@ -203,12 +208,43 @@ def upper_bound(finding: Finding) -> str:
 
 
 def decision(row: Evidence) -> str:
-    """The number behind the verdict of a claim: a bound on TV with its kind, else the statistic."""
+    """The number behind the verdict of a claim: a bound on TV with its kind, else the statistic.
+
+    A refuted claim shows the statistic: how large the gap is, and not what it stays below.
+    """
     finding = row.deciding
     if finding is None:
         return ""
-    if finding.tv_upper is None:
+    if finding.tv_upper is None or finding.verdict == "refuted as stated":
         return pretty(finding.statistic)
+    return _bounded(finding)
+
+
+def caveat(row: Evidence) -> str:
+    """What most limits the result that decides, in a few words: a weaker bound elsewhere, a caveat, or its models."""
+    finding = row.deciding
+    if finding is None:
+        return ""
+    weaker = deciding.elsewhere(finding, row.named)
+    if weaker is not None:
+        return f"elsewhere {_bounded(weaker)}"
+    return pretty(deciding.clause(row.claim, finding.caveat)) or f"on {finding.models} only"
+
+
+def brief(models: str) -> str:
+    """Models of a finding, with a remark that all of them share said once.
+
+    >>> brief("a (random weights) + b (random weights), bfloat16")
+    'a + b (random weights), bfloat16'
+    """
+    remarks = re.findall(r" \([^()]*\)", models)
+    if len(remarks) < 2 or len(set(remarks)) > 1 or len(remarks) != models.count(" + ") + 1:
+        return models
+    *parts, last = models.split(remarks[0])
+    return "".join(parts) + remarks[0] + last
+
+
+def _bounded(finding: Finding) -> str:
     return f"TV {upper_bound(finding)}" + (f" ({finding.bound})" if finding.bound else "")
 
 

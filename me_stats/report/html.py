@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from me_stats import report
 from me_stats.claims import PAPER
-from me_stats.record import Record, plain, write_atomically
+from me_stats.record import Finding, Record, plain, write_atomically
 from me_stats.report.style import SCREEN_DPI
 
 _MARKS = {
@@ -63,6 +63,8 @@ def write_html(
     environment.filters |= {
         "pretty": _pretty,
         "slug": lambda text: re.sub(r"\W+", "-", text).strip("-").lower(),
+        "anchor": _anchor,
+        "brief": report.brief,
         "mark": _MARKS.__getitem__,
         "bound": lambda finding: _pretty(report.upper_bound(finding)),
         "json": lambda value: json.dumps(plain(value), indent=1, ensure_ascii=False),
@@ -70,10 +72,7 @@ def write_html(
         "url": quote,
         "alt": _alt,
     }
-    template = environment.from_string(
-        resources.files("me_stats.report").joinpath("template.html.j2").read_text(encoding="utf-8")
-    )
-    page = template.render(
+    page = environment.from_string(_part("template.html.j2")).render(
         title=title,
         outcome=report.outcome(records),
         paper=PAPER,
@@ -83,6 +82,11 @@ def write_html(
         failures=report.failures(records),
         home={record.name: row.claim for row in reversed(rows) for record in row.records},
         decision=report.decision,
+        caveat=report.caveat,
+        found=_found,
+        place=_place,
+        style=Markup(_part("page.css")),
+        script=Markup(_part("page.js")),
         checks=report.checks,
         provenance=report.provenance,
         failed={record.name: len(report.failures([record])) for record in records},
@@ -92,6 +96,26 @@ def write_html(
     )
     write_atomically(out, page if page.endswith("\n") else page + "\n")
     return out
+
+
+def _part(name: str) -> str:
+    return resources.files("me_stats.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _anchor(name: str) -> str:
+    """A name as an id: the same, without spaces and quotes."""
+    return re.sub(r"[^\w.+-]+", "-", name)
+
+
+def _found(record: Record, claim: str) -> list[tuple[str, Finding]]:
+    """(id, finding) of what a record says on one claim."""
+    own = [finding for finding in record.findings if finding.claim == claim]
+    return [(f"{_anchor(record.name)}-{claim}-{place}", finding) for place, finding in enumerate(own, 1)]
+
+
+def _place(row: report.Evidence) -> str:
+    """The id of the finding that decides."""
+    return next(id for record in row.records for id, finding in _found(record, row.claim) if finding is row.deciding)
 
 
 def _facts(records: Sequence[Record]) -> list[str]:
@@ -125,7 +149,8 @@ def _image(figure: report.Figure) -> dict[str, Any]:
 
 def _alt(caption: str, record: Record) -> str:
     """The first sentence of the caption; the record's title where there is none."""
-    return re.split(r"(?<=[.;])\s", caption.strip(), maxsplit=1)[0] or f"Figure: {record.title}"
+    first = re.split(r"(?<=[.;])\s(?![^()]*\))", caption.strip(), maxsplit=1)[0].rstrip(";")
+    return first or f"Figure: {record.title}"
 
 
 def _pretty(text: str) -> Markup:

@@ -32,8 +32,8 @@ def report_markdown(
     lines = [f"# {_inline(report.outcome(records))}", "", f"Claims of *{_inline(PAPER)}*.", ""]
     lines += _failed(records)
     lines += _table(
-        ("Claim", "", "Verdict", "Result that decides"),
-        [(row.claim, row.statement, row.verdict, report.decision(row)) for row in rows],
+        ("Claim", "", "Verdict", "Result that decides", "Worst caveat"),
+        [(row.claim, row.statement, row.verdict, report.decision(row), report.caveat(row)) for row in rows],
     )
     for row in rows:
         if not row.findings:
@@ -84,13 +84,14 @@ def paper_repro(
         "## Summary",
         "",
         *_table(
-            ("Claim", "", "Command", "Result that decides", "Figure", "Verdict"),
+            ("Claim", "", "Command", "Result that decides", "Worst caveat", "Figure", "Verdict"),
             [
                 (
                     _Raw(f"[{row.claim}](#{row.claim.lower()})"),
                     row.statement,
                     _Raw("<br>".join(f"`{report.command(record, commands)}`" for record in row.records)),
                     report.decision(row),
+                    report.caveat(row),
                     _Raw(", ".join(_link(stem) for record in row.records for stem, _ in _pictures(record, figures))),
                     row.verdict,
                 )
@@ -99,7 +100,8 @@ def paper_repro(
         ),
         "",
         "A bound on the total variation distance (TV) of two laws is rounded up. A claim carries the verdict of its "
-        "most doubtful finding.",
+        "most doubtful finding; of the findings with that verdict the table shows the one that answers the claim most "
+        "directly, on the models that do worst.",
     ]
     for row in rows:
         # The claim's number alone, so that #c1 leads here on every forge.

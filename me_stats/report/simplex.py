@@ -150,9 +150,7 @@ def _frame(ax: Any, components: Sequence[str]) -> None:
             end = share * CORNERS[i] + (1 - share) * CORNERS[other]
             ax.plot(*np.stack([start, end], axis=1), color="white", linewidth=0.4, alpha=0.5)
             ax.plot(*np.stack([start, start + 0.018 * outward], axis=1), color=colors[i], linewidth=0.9)
-            ax.text(
-                *(start + 0.062 * outward), f".{2 * fifth}", fontsize=5.5, color=colors[i], ha="center", va="center"
-            )
+            ax.text(*(start + 0.062 * outward), f".{2 * fifth}", fontsize=6, color=colors[i], ha="center", va="center")
         side = ("left", "right", "center")[i]
         shift = np.array([[-0.06, -0.075], [0.06, -0.075], [0.0, 0.055]])[i]
         ax.text(

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import re
+import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from me_stats import scripts
 from me_stats.record import Record, plain
-from me_stats.report import Figure
+from me_stats.report import Figure, style
 from me_stats.report.style import read_data
 from tests import tiny
 
@@ -142,3 +144,63 @@ def test_one_model_and_one_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 def test_every_experiment_has_a_figure_of_its_name() -> None:
     folder = Path(scripts.load("figures", "per_step").__file__).parent  # type: ignore[arg-type]
     assert {path.stem for path in folder.glob("*.py")} == set(NAMES)
+
+
+# --- the figures of the repository --------------------------------------------------------------------------------
+
+COMMITTED = sorted((Path(__file__).parents[2] / "figures").glob("*.pdf"))
+
+
+def streams(content: bytes) -> bytes:
+    """The drawing commands of a PDF file: its compressed streams, unpacked, fonts left out."""
+    found = re.findall(rb"<<(?:(?!>>).)*?/FlateDecode.*?>>\s*stream\r?\n(.*?)\r?\nendstream", content, flags=re.S)
+    unpacked = [zlib.decompressobj().decompress(part) for part in found]
+    return b"\n".join(part for part in unpacked if b" Tf" in part)
+
+
+def font_sizes(content: bytes) -> set[float]:
+    """Points of all text; sizes next to one of 10/7 times theirs are superscripts, which follow it."""
+    sizes = {float(size) for size in re.findall(rb"/F\S* ([\d.]+) Tf", streams(content))}
+    return {size for size in sizes if not any(abs(size - 0.7 * other) < 1e-3 for other in sizes)}
+
+
+def faults(pdf: bytes) -> list[str]:
+    """What breaks the style of all figures in a PDF file."""
+    found = []
+    boxes = [[float(x) for x in box.split()] for box in re.findall(rb"/MediaBox \[([^]]+)\]", pdf)]
+    if [round((right - left) / 72, 2) for left, _, right, _ in boxes] not in ([3.25], [6.75]):
+        found.append(f"width is not that of one or two columns: {boxes}")
+    if b"/Type3" in pdf or pdf.count(b"/FontFile2") < max(1, len(re.findall(rb"/Type /FontDescriptor", pdf))):
+        found.append("a font is not embedded as TrueType")
+    small = sorted(size for size in font_sizes(pdf) if size < 6)
+    if small or not font_sizes(pdf):
+        found.append(f"text of {small} points")
+    return found
+
+
+@pytest.mark.parametrize("path", COMMITTED, ids=lambda path: path.stem)
+def test_committed_figures_keep_the_style(path: Path) -> None:
+    assert faults(path.read_bytes()) == []
+    image = path.with_name(f"{path.stem}.png")
+    with Image.open(image) as picture:
+        assert picture.width in {round(width * style.SCREEN_DPI) for width in style.WIDTHS.values()}
+    assert read_data(image)["caption"].endswith(".")
+
+
+def test_a_figure_out_of_style_is_found(tmp_path: Path) -> None:
+    fig, axes = style.figure()
+    axes.text(0.5, 0.5, "small", fontsize=5)
+    fig.set_size_inches(4, 2)
+    pdf, _ = style.save(fig, tmp_path / "odd")
+    wide, small = faults(pdf.read_bytes())
+    assert "width" in wide
+    assert small == "text of [5.0] points"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_are_made_by_the_shared_style(name: str) -> None:
+    """No figure of its own making: `style.figure` sets fonts and width, `style.save` both formats and the caption."""
+    source = Path(str(scripts.load("figures", name).__file__)).read_text()
+    assert re.search(r"\bfigure\(columns=[12]|\bfigure\(\s*columns=|sweep_figure\(", source)
+    assert re.search(r"\bsave\(fig", source)
+    assert not re.search(r"pyplot|usetex|savefig|plt\.|\"(?:red|green|lime)\"", source)

@@ -12,7 +12,7 @@ import pytest
 
 from me_stats.claims import CLAIMS
 from me_stats.record import Finding, Record
-from me_stats.report import Figure, checks, evidence, number, outcome, pretty, style
+from me_stats.report import Figure, caveat, checks, decision, evidence, number, outcome, pretty, style
 from me_stats.report.html import write_html
 
 VOID = {"meta", "link", "img", "input", "br"}
@@ -91,7 +91,7 @@ def render(tmp_path: Path, records: list[Record], figures: dict | None = None, *
 def figure(tmp_path: Path) -> list[Path]:
     fig, axes = style.figure()
     axes.plot([1, 2])
-    caption = 'The "floor" is 5e-7. The rest is detail.'
+    caption = 'The "floor" is 5e-7 (mean; 1 s. each). The rest is detail.'
     return style.save(fig, tmp_path / "figures" / "cache_floor", {"caption": caption})
 
 
@@ -122,7 +122,7 @@ def test_row_shows_finding_figure_command_and_record(tmp_path: Path, figure: lis
     assert "abcdef0123 with uncommitted changes" in text
     assert "1 min 15 s" in text
     (image,) = page.having("img")
-    assert image["alt"] == 'The "floor" is 5e-7.'
+    assert image["alt"] == 'The "floor" is 5e-7 (mean; 1 s. each).'
     assert image["width"] == "351"
     assert base64.b64decode(str(image["src"]).split(",")[1]) == figure[1].read_bytes()
 
@@ -153,7 +153,8 @@ def test_failed_check_is_announced_first_and_its_row_is_open(tmp_path: Path) -> 
     assert "1 of 5 checks failed" in text
     alarm, table = text.index('class="alarm"'), text.index('class="claims"')
     assert alarm < text.index("session is exact") < table
-    assert '<a href="#C4">cache_floor</a>' in text
+    assert '<a href="#cache_floor">cache_floor</a>' in text
+    assert '<section class="experiment" id="cache_floor"' in text
     assert '<li id="C4"><details open>' in text
     assert '<li id="C1"><details>' in text
     assert "1 check failed" in text
@@ -164,13 +165,13 @@ def test_finding_that_did_not_hold_fails_even_if_the_checks_say_otherwise(tmp_pa
     name = f"{row.claim}: {row.statement} ({row.models})"
     text = render(tmp_path, [record(findings=(row,), checks={name: True})])
     assert "1 of 1 check failed" in text
-    assert '<tr class="failed">' in text
+    assert '<tr id="cache_floor-C4-1" class="failed">' in text
 
 
 def test_failure_of_a_record_without_findings_is_linked(tmp_path: Path) -> None:
     text = render(tmp_path, [record("calibration", checks={"size is right": False})])
-    assert '<a href="#record-calibration">calibration</a>' in text
-    assert 'id="record-calibration"' in text
+    assert '<a href="#calibration">calibration</a>' in text
+    assert '<li id="calibration"><details open>' in text
 
 
 def test_same_records_same_bytes(tmp_path: Path, figure: list[Path]) -> None:
@@ -228,6 +229,62 @@ def test_verdict_and_deciding_finding_are_the_most_doubtful() -> None:
     row = evidence([record(findings=rows)])[8]
     assert (row.claim, row.verdict) == ("C9", "refuted as stated")
     assert row.deciding == rows[2]
+
+
+def test_the_finding_that_answers_the_claim_decides() -> None:
+    """The kind of finding that a claim's lead names, on the models that do worst; else the weakest bound."""
+    kinds = (
+        finding("C4", statement="lazy laws, float32", tv_upper=1e-6),
+        finding("C4", statement="lazy laws, float32", tv_upper=8e-6, caveat="one token missing is far"),
+        finding("C4", statement="lazy laws, bfloat16", tv_upper=0.1, bound="measured floor, bfloat16"),
+    )
+    row = evidence([record("cache_floor-a", kinds)])[3]
+    assert row.deciding == kinds[1]
+    assert decision(row) == "TV ≤ 8 × 10⁻⁶ (measured floor)"
+    assert caveat(row) == "elsewhere TV ≤ 0.1 (measured floor, bfloat16)"
+    assert evidence([record("else", kinds)])[3].deciding == kinds[2]
+    broken = replace(kinds[0], held=False)
+    assert evidence([record("cache_floor-a", (*kinds, broken))])[3].deciding == broken
+
+
+def test_a_refuted_claim_shows_the_gap_and_the_clause_that_limits_it() -> None:
+    gap = finding(
+        "C9", statement="published CE against published ME, k = 5", verdict="refuted as stated", tv_upper=0.3,
+        statistic="TV 0.27 a step", caveat="tokens (9%; or so) are excluded; accuracies may agree",
+    )  # fmt: skip
+    row = evidence([record("transform_order", (gap,))])[8]
+    assert (decision(row), caveat(row)) == ("TV 0.27 a step", "accuracies may agree")
+    alone = evidence([record(findings=(finding("C3"),))])[2]
+    assert caveat(alone) == "on prose + code only"
+    assert (decision(evidence([])[0]), caveat(evidence([])[0])) == ("", "")
+
+
+def test_an_experiment_of_several_claims_holds_its_figure_once(tmp_path: Path, figure: list[Path]) -> None:
+    text = render(tmp_path, [record(findings=(finding("C1"), finding("C4"), finding("C4")))], {"cache_floor": figure})
+    page = Page(text)
+    (image,) = page.having("img")
+    assert (image["loading"], image["decoding"]) == ("lazy", "async")
+    ids = {attrs["id"] for _, attrs in page.tags if "id" in attrs}
+    assert {"cache_floor", "C4-cache_floor", "cache_floor-C1-1", "cache_floor-C4-1", "cache_floor-C4-2"} <= ids
+    assert 'data-from="cache_floor"' in text
+    assert all(str(a["href"])[1:] in ids for a in page.having("a") if str(a["href"]).startswith("#"))
+
+
+def luminance(color: str) -> float:
+    parts = [int(color[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    red, green, blue = (c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+@pytest.mark.parametrize("theme", [0, 1])
+def test_text_stands_out_from_its_ground(tmp_path: Path, theme: int) -> None:
+    """WCAG 2 contrast of at least 4.5, light and dark."""
+    block = re.findall(r"--page: .*?}", render(tmp_path, []), flags=re.S)[theme]
+    colors = dict(re.findall(r"--(\w+): (#\w{6})", block))
+    for ink in ("ink", "soft", "link", "good", "part", "gap", "none", "bad"):
+        for ground in ("page", "card", "wash", "badwash"):
+            low, high = sorted(luminance(colors[name]) for name in (ink, ground))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (ink, ground)
 
 
 def test_checks_of_two_findings_with_one_name_both_count() -> None:

@@ -70,6 +70,20 @@ def test_caption_and_source_travel_in_the_png(tmp_path: Path) -> None:
     assert figures_of(record, {"floor": paths}) == (Figure(tuple(paths), "The floor – 10⁻¹⁶. More."),)
 
 
+def test_the_png_has_few_colours_and_all_of_them_right(tmp_path: Path) -> None:
+    """Every colour with a meaning survives beside a picture of thousands of shades."""
+    fig, (shades, lines) = style.figure(columns=2, ncols=2)
+    shades.imshow([[row * column for column in range(60)] for row in range(60)], cmap="viridis")
+    for place, color in enumerate(style.COLORS.values()):
+        lines.plot([0, 1], [place, place], color=color, linewidth=4)
+    with Image.open(style.save(fig, tmp_path / "figure")[1]) as image:
+        assert image.mode == "P"
+        counts = [color for _, color in image.convert("RGB").getcolors(256)]
+    for color in style.COLORS.values():
+        own = [int(color[at : at + 2], 16) for at in (1, 3, 5)]
+        assert any(max(abs(a - b) for a, b in zip(own, seen, strict=True)) <= 8 for seen in counts), color
+
+
 def test_png_from_elsewhere_has_no_data(tmp_path: Path) -> None:
     Image.new("RGB", (2, 2)).save(tmp_path / "plain.png")
     assert style.read_data(tmp_path / "plain.png") == {}
