@@ -46,13 +46,15 @@ def plan(
     *,
     size: Size = "laptop",
     models: Sequence[str] | None = None,
+    several: bool | None = None,
     dtype: str = "float32",
     device: str = "cpu",
     seed: int = 0,
 ) -> list[Part]:
     """The parts of a run: toys, then each set of models, then what shows how far our tests can be trusted.
 
-    `models` replaces the default sets and leaves the last group out; the toys run in every case.
+    `models` replaces the default sets and leaves the last group out; the toys run in every case. `several` says whether
+    they have several vocabularies, None: look at those that are on this machine.
 
     >>> [len(plan(size=size)) for size in ("quick", "laptop", "full")]
     [30, 38, 45]
@@ -69,7 +71,7 @@ def plan(
         parts += [Part(name, "", _config(name, seed=seed, **options)) for name, options in _INSTRUMENTS[size].items()]
     elif tuple(models) == SIBLINGS:
         parts += _siblings(size, where)
-    elif _several_vocabularies(models):
+    elif several or (several is None and _several_vocabularies(models)):
         sizes = _MIXED_SIBLINGS if tuple(models) == MIXED_SIBLINGS else _MIXED
         parts += _parts(sizes[size], _tag(models), models, where)
     else:

@@ -10,7 +10,7 @@ one row of each group).
 
 Refuses, through `require_independent_rows`: `Evidence.from_trace`, `sensitivity.reweight` (and `Reweighted`),
 `score_function_gradient` and `common_random_number_difference`, what `reduction` reads from traces, `sweep`, `watch`,
-`testing.check_sampler`, and `testing.fuzz_sampler` where it draws.
+`tasks.harness.HarnessLM`, `testing.check_sampler`, and `testing.fuzz_sampler` where it draws.
 
 Functions of plain arrays cannot see groups. `dependence.design_effect`, `clustered_mean`, `clustered_difference` and
 `per_sequence.sequence_tests` take them; give everything else (`martingale`, `log_rank_test`, `variance_ratio`, the rest
@@ -30,6 +30,7 @@ from torch import Tensor
 
 from me_stats.models.base import Cost
 from me_stats.models.ensemble import Ensemble, component_paths
+from me_stats.stopping import StopStrings
 from me_stats.vocabulary import Prompt, as_prompts
 
 
@@ -78,7 +79,7 @@ class Trace:
     lengths
         (N,) tokens written, the end-of-sequence token included.
     stop_reason
-        One of ``"eos"`` or ``"length"`` per row.
+        One of ``"eos"``, ``"until"`` or ``"length"`` per row: an end-of-sequence id, a stop string, or neither.
     components
         (N, T) int64, the component that wrote each token, -1 after the end; None where the sampler drew
         from the mixture itself.
@@ -90,6 +91,8 @@ class Trace:
         Forwards, tokens forwarded and laws read.
     shared_rows
         Rows whose number // shared_rows agree shared the component uniforms of every step; 1 for independent rows.
+    until
+        The stop strings of the run.
     """
 
     model: Any
@@ -103,6 +106,7 @@ class Trace:
     cost: Cost
     sampler: str
     shared_rows: int = 1
+    until: tuple[str, ...] = ()
 
     @property
     def groups(self) -> Tensor:
@@ -139,8 +143,10 @@ class Trace:
     @property
     def stop_reason(self) -> list[str]:
         last = self.tokens.gather(1, (self.lengths - 1).clamp(min=0)[:, None])[:, 0]
-        eos = torch.isin(last, torch.tensor(self.model.vocabulary.eos, dtype=torch.int64))
-        return ["eos" if ended else "length" for ended in eos.tolist()]
+        eos = torch.isin(last, torch.tensor(self.model.vocabulary.eos, dtype=torch.int64)).tolist()
+        stops = StopStrings(self.model.vocabulary, self.until) if self.until else None
+        stopped = [stops is not None and stops.first(row) is not None for row in self.sequences()]
+        return ["eos" if end else "until" if stop else "length" for end, stop in zip(eos, stopped, strict=True)]
 
     @property
     def mask(self) -> Tensor:

@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from me_stats import __version__, cli, plans
+from me_stats import __version__, cli, cli_reproduce, plans
 from me_stats import record as record_module
 from me_stats import reproduce as job
 from me_stats.models import catalog
+from me_stats.preflight import Preflight
 from me_stats.presets import SIBLINGS
 from me_stats.record import Record
 from tests import tiny
@@ -52,6 +53,7 @@ def test_module_runs_as_a_program(argument: str, expected: str) -> None:
         ("bench",),
         ("tokenizers",),
         ("audit-table",),
+        ("eval",),
         ("models", "list"),
         ("models", "pull"),
         ("models", "path"),
@@ -66,10 +68,13 @@ def test_help_of_every_command_has_an_example(run: Run, command: tuple[str, ...]
 
 
 def test_every_command_is_in_the_help(run: Run) -> None:
-    functions = {command.callback.__name__ for command in cli.app.registered_commands if command.callback is not None}
-    commands = {name.replace("_", "-") for name in functions}
+    commands = {
+        command.name or command.callback.__name__.replace("_", "-")
+        for command in cli.app.registered_commands
+        if command.callback is not None
+    }
     known = {"reproduce", "report", "fit-lambda", "sweep", "long", "compare", "tokenizers", "train-router", "bench",
-             "audit-table"}  # fmt: skip
+             "audit-table", "eval"}  # fmt: skip
     assert commands == known
     text = run("--help").out
     assert all(name in text for name in (*commands, "models"))
@@ -104,7 +109,14 @@ def test_several_models(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tu
 
     monkeypatch.setattr(plans, "plan", plan)
     assert run("reproduce", *arguments).line == "me-stats: seen"
-    assert seen == {"models": ["org/a", "org/b"], "seed": 5, "size": "laptop", "dtype": "float32", "device": "cpu"}
+    assert seen == {
+        "models": ["org/a", "org/b"],
+        "seed": 5,
+        "size": "laptop",
+        "several": None,
+        "dtype": "float32",
+        "device": "cpu",
+    }
 
 
 def test_spread_repeats_only_the_named_options() -> None:
@@ -319,7 +331,7 @@ def test_the_command_beside_a_record_makes_it_again(
     monkeypatch: pytest.MonkeyPatch, name: str, options: dict[str, Any], command: str
 ) -> None:
     part = next(part for part in plans.plan(**options) if part.name == name)
-    shell = cli._commands([_named(part)])[name]
+    shell = cli_reproduce._commands([_named(part)])[name]
     assert shell.endswith(command)
     # And the command, parsed as a shell would, plans the part with this very key.
     seen: list[str] = []
@@ -330,9 +342,10 @@ def test_the_command_beside_a_record_makes_it_again(
 
     monkeypatch.setattr(job, "run_part", run_part)
     monkeypatch.setattr(job, "finished", lambda *_: None)
-    monkeypatch.setattr(cli, "check_device", lambda device: None)
-    monkeypatch.setattr(cli, "check_out", lambda out: None)
-    monkeypatch.setattr(cli, "_pull_missing", lambda *_: None)
+    monkeypatch.setattr(cli_reproduce, "check_device", lambda device: None)
+    monkeypatch.setattr(cli_reproduce, "check_out", lambda out: None)
+    monkeypatch.setattr("me_stats.preflight.check", lambda parts, **_: Preflight((), (), ""))
+    monkeypatch.setattr(cli_reproduce, "_pull_missing", lambda *_: None)
     with pytest.raises(SystemExit):
         cli.main(shell.split()[1:])
     assert seen == [part.key]

@@ -31,6 +31,8 @@ from me_stats.samplers import CESampler, MESampler, SequenceMixtureSampler
 from me_stats.sensitivity import common_random_number_difference, reweight, score_function_gradient
 from me_stats.sensitivity.reweight import Reweighted
 from me_stats.sweep import sweep
+from me_stats.tasks.harness import HarnessLM
+from me_stats.tasks.run import evaluate
 from me_stats.testing import check_sampler, fuzz_sampler
 from me_stats.testing.drawing import Source
 from me_stats.trace import require_independent_rows
@@ -262,6 +264,8 @@ REFUSES_SAMPLERS: dict[str, Callable[[], Any]] = {
     "testing.sampler_check.check_sampler against": lambda: check_sampler(MESampler(LONG), SHARED, [0], n=50),
     "testing.fuzz.fuzz_sampler": lambda: fuzz_sampler(shared, exact=False, draws=100, max_examples=2, seed=0),
     "testing.drawing.Source": lambda: Source(SHARED, [(0,)], 4, 0),
+    "tasks.harness.HarnessLM": lambda: HarnessLM(SHARED),
+    "tasks.run.evaluate": lambda: evaluate(SHARED, {"any": None}),
 }
 CORRECTS = {
     "exact.sampler_law": "test_every_row_keeps_its_law",
@@ -273,6 +277,8 @@ SAYS_NOTHING_OF_A_SAMPLE = {
     "sensitivity.readings.step_tv_sums", "sensitivity.readings.tokens_forwarded", "sensitivity.reweight.values_of",
     "routers.decoding.Decodings", "testing.mutants.Mutant", "testing.fuzz.FuzzRejected", "trace.Trace",
     "testing.session_fuzz.fuzz_session", "acceptance.Speculation", "acceptance.measure_acceptance",
+    # Samples, in parts.
+    "served.kept.sample_kept",
     # Laws and tokenizers by name.
     "cli_compare.compare", "cli_tokenizers.tokenizers", "tokenizer_survey.Survey",
 }  # fmt: skip

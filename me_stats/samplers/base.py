@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,12 +18,52 @@ from me_stats.models.base import Cost, Session, open_session, require_language_m
 from me_stats.models.conditioned import Conditioned
 from me_stats.models.windowed import Windowed
 from me_stats.samplers import tabular
+from me_stats.stopping import StopStrings, Watch, lengths_of
 from me_stats.trace import Trace
-from me_stats.vocabulary import Prompt, as_prompts
+from me_stats.vocabulary import Prompt, Vocabulary, as_prompts
 
-# Rows that ended are dropped when their tokens reach the host. On an accelerator that copy stalls the
-# queue, so it happens once in this many steps; the surplus tokens of ended rows are discarded.
-STEPS_BETWEEN_COMPACTIONS = 16
+
+@dataclass(frozen=True, eq=False)
+class Run:
+    """Rows to write together.
+
+    Attributes
+    ----------
+    prompts, prompt_index
+        Token ids of the distinct prompts, and (N,) which one each row continues.
+    numbers
+        (N,) global row numbers.
+    max_new_tokens
+        T, at which a row stops unless it ends earlier.
+    draw
+        The random numbers.
+    progress
+        Called with the number of tokens finished since the last call.
+    stops
+        The strings at which a row ends; what is written after them is cut off.
+    """
+
+    prompts: list[tuple[int, ...]]
+    prompt_index: np.ndarray
+    numbers: np.ndarray
+    max_new_tokens: int
+    draw: Draw
+    progress: Callable[[int], None] | None = None
+    stops: StopStrings | None = None
+
+    @property
+    def starts(self) -> list[tuple[int, ...]]:
+        """The prompt of each row."""
+        return [self.prompts[p] for p in self.prompt_index]
+
+    def watch(self, vocabulary: Vocabulary) -> Watch:
+        """What learns which of the rows have ended."""
+        return Watch(vocabulary, self.stops, len(self.numbers))
+
+    def note(self, tokens: int) -> None:
+        """Tell the caller that so many more tokens are written."""
+        if self.progress is not None:
+            self.progress(tokens)
 
 
 @dataclass(frozen=True)
@@ -65,16 +105,8 @@ class Sampler(ABC):
         self.model = model
 
     @abstractmethod
-    def _run_batch(
-        self,
-        prompts: list[tuple[int, ...]],
-        prompt_index: np.ndarray,
-        numbers: np.ndarray,
-        max_new_tokens: int,
-        draw: Draw,
-        progress: Callable[[int], None] | None,
-    ) -> tuple[Tensor, Tensor | None, Cost]:
-        """Tokens (N, T) of the rows `numbers`, the components that wrote them (None: the mixture did), and the cost."""
+    def _run_batch(self, run: Run) -> tuple[Tensor, Tensor | None, Cost]:
+        """Tokens (N, T) of the rows, the components that wrote them (None: the mixture did), and the cost."""
 
     def _plan(self) -> tabular.Plan | None:
         """How to run this sampler on tables alone; None if the model is not a table.
@@ -92,6 +124,7 @@ class Sampler(ABC):
         seed: int = 0,
         rows: Sequence[int] | np.ndarray | None = None,
         batch_size: int | None = None,
+        until: Sequence[str] = (),
         draw: Draw | None = None,
         progress: Callable[[int], None] | None = None,
     ) -> Trace:
@@ -118,6 +151,10 @@ class Sampler(ABC):
             earlier run by fresh rows.
         batch_size
             Rows that run together; default as many as the models' cache limits allow.
+        until
+            A row stops at the first token at which its continuation contains one of these strings; the token that
+            completes the string is kept. The row's tokens are those of a run without `until`, cut there
+            (`me_stats.stopping`).
         draw
             Replaces the random numbers (used by `me_stats.exact`).
         progress
@@ -126,22 +163,30 @@ class Sampler(ABC):
         Raises
         ------
         ValueError
-            For counts below 1, duplicate rows, an empty or overlong prompt, or a law with NaN.
+            For counts below 1, duplicate rows, an empty or overlong prompt, or a law with NaN; for `until` where the
+            vocabulary has no tokenizer.
         """
         encoded = [self.model.vocabulary.encode(prompt) for prompt in as_prompts(prompts)]
         _positive(n=n, max_new_tokens=max_new_tokens, batch_size=1 if batch_size is None else batch_size)
         prompt_index = np.repeat(np.arange(len(encoded)), n)
-        numbers = _row_numbers(rows, len(prompt_index))
+        run = Run(
+            encoded,
+            prompt_index,
+            _row_numbers(rows, len(prompt_index)),
+            max_new_tokens,
+            draw or RowStreams(seed),
+            progress,
+            StopStrings(self.model.vocabulary, until) if until else None,
+        )
         # A subclass may have changed what a step does, so only a class's own plan stands for it.
         planned = draw is None and batch_size is None and "_plan" in vars(type(self))
-        plan = self._plan() if planned and len(numbers) * max_new_tokens >= tabular.MIN_TOKENS else None
+        plan = self._plan() if planned and len(run.numbers) * max_new_tokens >= tabular.MIN_TOKENS else None
         if plan is not None:
-            tokens, components = plan.run(encoded, prompt_index, numbers, max_new_tokens, seed, progress)
+            tokens, components = plan.run(encoded, prompt_index, run.numbers, max_new_tokens, seed, progress)
         else:
-            tokens, components, cost = self._run(
-                encoded, prompt_index, numbers, max_new_tokens, seed, batch_size, draw, progress
-            )
-        lengths, tokens, components = _trim(tokens, components, self.model.vocabulary.eos)
+            tokens, components, cost = self._run(run, batch_size, seed if draw is None else None)
+        lengths = lengths_of(tokens, self.model.vocabulary.eos, run.stops)
+        tokens, components = _trim(tokens, components, lengths)
         if plan is not None:
             cost = plan.cost(tokens, components, prompt_index)
         return Trace(
@@ -151,32 +196,24 @@ class Sampler(ABC):
             components=components,
             prompts=tuple(encoded),
             prompt_index=torch.from_numpy(prompt_index),
-            rows=torch.from_numpy(numbers),
+            rows=torch.from_numpy(run.numbers),
             seed=seed if draw is None else None,
             cost=cost,
             sampler=type(self).__name__,
             shared_rows=self.shared_rows,
+            until=() if run.stops is None else run.stops.until,
         )
 
-    def _run(
-        self,
-        prompts: list[tuple[int, ...]],
-        prompt_index: np.ndarray,
-        numbers: np.ndarray,
-        max_new_tokens: int,
-        seed: int,
-        batch_size: int | None,
-        draw: Draw | None,
-        progress: Callable[[int], None] | None,
-    ) -> tuple[Tensor, Tensor | None, Cost]:
-        size = batch_size or self._rows_at_once(max(map(len, prompts)), max_new_tokens)
-        # Streams remember the rows of their batch, so each batch has its own; the numbers are the same.
-        parts = [
-            self._run_batch(
-                prompts, prompt_index[part], numbers[part], max_new_tokens, draw or RowStreams(seed), progress
+    def _run(self, run: Run, batch_size: int | None, seed: int | None) -> tuple[Tensor, Tensor | None, Cost]:
+        size = batch_size or self._rows_at_once(max(map(len, run.prompts)), run.max_new_tokens)
+        parts = []
+        for start in range(0, len(run.numbers), size):
+            part = slice(start, start + size)
+            # Streams remember the rows of their batch, so each batch has its own; the numbers are the same.
+            draw = run.draw if seed is None else RowStreams(seed)
+            parts.append(
+                self._run_batch(replace(run, prompt_index=run.prompt_index[part], numbers=run.numbers[part], draw=draw))
             )
-            for part in (slice(start, start + size) for start in range(0, len(numbers), size))
-        ]
         components = [part[1] for part in parts if part[1] is not None]
         return (
             torch.cat([part[0] for part in parts]),
@@ -205,45 +242,32 @@ class StepSampler(Sampler):
         # A row that writes one token reads the law of its prompt, and keeps nothing of its own.
         return sys.maxsize if max_new_tokens == 1 else super()._rows_at_once(prompt_length, max_new_tokens)
 
-    def _run_batch(
-        self,
-        prompts: list[tuple[int, ...]],
-        prompt_index: np.ndarray,
-        numbers: np.ndarray,
-        max_new_tokens: int,
-        draw: Draw,
-        progress: Callable[[int], None] | None,
-    ) -> tuple[Tensor, Tensor | None, Cost]:
-        session = open_session(self.model, [prompts[p] for p in prompt_index], max_new_tokens=max_new_tokens)
-        batch = Batch(session, numbers, prompt_index)
-        active = np.arange(len(numbers))
+    def _run_batch(self, run: Run) -> tuple[Tensor, Tensor | None, Cost]:
+        session = open_session(self.model, run.starts, max_new_tokens=run.max_new_tokens)
+        batch = Batch(session, run.numbers, run.prompt_index)
+        watch = run.watch(self.model.vocabulary)
+        active = np.arange(len(run.numbers))
         written: list[tuple[np.ndarray, Tensor]] = []
-        components = np.full((len(numbers), max_new_tokens), -1, dtype=np.int64)
+        components = np.full((len(run.numbers), run.max_new_tokens), -1, dtype=np.int64)
         has_components = False
         memory: dict[str, Any] = {}
-        ended: Tensor | None = None
-        for step in range(max_new_tokens):
-            tokens, drawn = self._step(batch, active, step, draw, memory)
+        for step in range(run.max_new_tokens):
+            tokens, drawn = self._step(batch, active, step, run.draw, memory)
             written.append((active, tokens))
             if drawn is not None:
                 has_components = True
                 components[active, step] = drawn
-            if progress is not None:
-                progress(len(active))
-            if step + 1 == max_new_tokens:
+            run.note(len(active))
+            if step + 1 == run.max_new_tokens:
                 break
             session.append(active, tokens)
-            if self.model.vocabulary.eos:
-                now = torch.isin(tokens, on_device(np.array(self.model.vocabulary.eos), tokens.device))
-                ended = now if ended is None else ended | now
-                if tokens.is_cpu or (step + 1) % STEPS_BETWEEN_COMPACTIONS == 0:
-                    active = active[~ended.cpu().numpy()]
-                    ended = None
-                    if not len(active):
-                        break
+            if len(watch.see(active, tokens)):
+                active = active[watch.alive[active]]
+                if not len(active):
+                    break
         # One copy to the host for the whole batch.
         flat = torch.cat([tokens for _, tokens in written]).cpu()
-        grid = torch.full((len(numbers), max_new_tokens), -1, dtype=torch.int64)
+        grid = torch.full(components.shape, -1, dtype=torch.int64)
         where = np.concatenate([positions for positions, _ in written])
         steps = np.repeat(np.arange(len(written)), [len(positions) for positions, _ in written])
         grid[torch.from_numpy(where), torch.from_numpy(steps)] = flat
@@ -279,17 +303,11 @@ def _row_numbers(rows: Sequence[int] | np.ndarray | None, count: int) -> np.ndar
     return numbers.astype(np.int64)
 
 
-def _trim(tokens: Tensor, components: Tensor | None, eos: tuple[int, ...]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Lengths, and both grids with -1 after the first end-of-sequence token, cut to the longest row."""
-    steps = tokens.shape[1]
-    if not eos:
-        return torch.full((len(tokens),), steps), tokens, components
-    is_end = torch.isin(tokens, torch.tensor(eos, dtype=torch.int64))
-    first = torch.where(is_end.any(1), is_end.int().argmax(1) + 1, steps)
-    lengths = torch.minimum(first, (tokens >= 0).sum(1))
+def _trim(tokens: Tensor, components: Tensor | None, lengths: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Both grids with -1 after each row's length, cut to the longest row."""
     longest = int(lengths.max()) if len(lengths) else 0
     after = torch.arange(longest)[None] >= lengths[:, None]
+    if longest == tokens.shape[1] and not bool(after.any()):
+        return tokens, components
     tokens = tokens[:, :longest].masked_fill(after, -1)
-    if components is not None:
-        components = components[:, :longest].masked_fill(after, -1)
-    return lengths, tokens, components
+    return tokens, None if components is None else components[:, :longest].masked_fill(after, -1)

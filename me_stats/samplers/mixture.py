@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from me_stats.models.ensemble import Ensemble, EnsembleSession
 from me_stats.models.joint import JointTransform
 from me_stats.models.warped import Warp, Warped
 from me_stats.samplers import tabular
-from me_stats.samplers.base import STEPS_BETWEEN_COMPACTIONS, Batch, StepSampler
+from me_stats.samplers.base import Batch, Run, StepSampler
 from me_stats.schedule import Schedule
 
 
@@ -108,25 +107,16 @@ class MESampler(StepSampler):
         back = on_device(np.argsort(np.concatenate(places), kind="stable"), parts[0].device)
         return torch.cat([part.to(parts[0].device) for part in parts])[back], chosen
 
-    def _run_batch(
-        self,
-        prompts: list[tuple[int, ...]],
-        prompt_index: np.ndarray,
-        numbers: np.ndarray,
-        max_new_tokens: int,
-        draw: Draw,
-        progress: Callable[[int], None] | None,
-    ) -> tuple[Tensor, Tensor | None, Cost]:
-        alone = len(numbers) == 1 or max_new_tokens == 1
+    def _run_batch(self, run: Run) -> tuple[Tensor, Tensor | None, Cost]:
+        alone = len(run.numbers) == 1 or run.max_new_tokens == 1
         # Another draw, such as one that enumerates, may count on steps that come in order.
-        if alone or not self._drifts() or type(draw) is not RowStreams:
-            return super()._run_batch(prompts, prompt_index, numbers, max_new_tokens, draw, progress)
-        session = open_session(self.model, [prompts[p] for p in prompt_index], max_new_tokens=max_new_tokens)
+        if alone or not self._drifts() or type(run.draw) is not RowStreams:
+            return super()._run_batch(run)
+        session = open_session(self.model, run.starts, max_new_tokens=run.max_new_tokens)
         assert isinstance(session, EnsembleSession)
-        drift = _Drift(Batch(session, numbers, prompt_index), draw, self, max_new_tokens)
+        drift = _Drift(run, session, self)
         while (count := drift.serve()) > 0:
-            if progress is not None:
-                progress(count)
+            run.note(count)
         return *drift.grids(), session.cost
 
     def _drifts(self) -> bool:
@@ -142,19 +132,18 @@ _OWN_CHOICE = (MESampler._step, MESampler._components)
 class _Drift:
     """A batch whose rows advance on their own, each when the component that it waits for runs."""
 
-    def __init__(self, batch: Batch, draw: RowStreams, sampler: MESampler, steps: int) -> None:
-        assert isinstance(batch.session, EnsembleSession)
-        self.batch, self.session, self.draw, self.steps = batch, batch.session, draw, steps
-        self.groups = batch.rows // sampler.shared_rows
+    def __init__(self, run: Run, session: EnsembleSession, sampler: MESampler) -> None:
+        assert isinstance(run.draw, RowStreams)
+        self.batch, self.session = Batch(session, run.numbers, run.prompt_index), session
+        self.draw, self.steps = run.draw, run.max_new_tokens
+        self.groups = run.numbers // sampler.shared_rows
         self.log_weights = sampler.model.mixing.log_weights([()])
         self.narrow = np.min_scalar_type(-self.log_weights.shape[1])
-        self.known = min(steps, BLOCK)
-        self.schedule = Schedule(self._drawn_ahead(0, self.known), horizon=steps)
-        self.eos = np.array(sampler.model.vocabulary.eos, dtype=np.int64)
-        self.ended: Tensor | None = None
-        self.alive, self.unchecked = len(batch.rows), 0
+        self.known = min(self.steps, BLOCK)
+        self.schedule = Schedule(self._drawn_ahead(0, self.known), horizon=self.steps)
+        self.watch = run.watch(sampler.model.vocabulary)
         self.written: list[tuple[np.ndarray, Tensor]] = []
-        self.components = np.full((len(batch.rows), steps), -1, dtype=np.int64)
+        self.components = np.full((len(run.numbers), self.steps), -1, dtype=np.int64)
 
     def _drawn_ahead(self, start: int, stop: int) -> np.ndarray:
         """Components (N, stop - start) of all rows."""
@@ -179,27 +168,12 @@ class _Drift:
             self.session.append(rows, tokens)
         elif len(on := np.flatnonzero(steps + 1 < self.steps)):
             self.session.append(rows[on], tokens[on_device(on, tokens.device)])
-        if len(self.eos):
-            self._end(rows, tokens)
+        if len(ended := self.watch.see(rows, tokens)):
+            self.schedule.end(ended)
         if furthest == self.known < self.steps:
             start, self.known = self.known, min(self.steps, self.known + BLOCK)
             self.schedule.extend(self._drawn_ahead(start, self.known))
         return len(rows)
-
-    def _end(self, rows: np.ndarray, tokens: Tensor) -> None:
-        """Take out the rows that ended; on an accelerator once in so many tokens a row, as it waits for the queue."""
-        now = torch.isin(tokens, on_device(self.eos, tokens.device))
-        if tokens.is_cpu:
-            self.schedule.end(rows[now.numpy()])
-            return
-        if self.ended is None:
-            self.ended = torch.zeros(len(self.batch.rows), dtype=torch.bool, device=tokens.device)
-        self.ended[on_device(rows, self.ended.device)] |= now.to(self.ended.device)
-        self.unchecked += len(rows)
-        if self.unchecked >= STEPS_BETWEEN_COMPACTIONS * self.alive:
-            ended = self.ended.cpu().numpy()
-            self.schedule.end(np.flatnonzero(ended))
-            self.alive, self.unchecked = int((~ended).sum()), 0
 
     def grids(self) -> tuple[Tensor, Tensor]:
         """Tokens and components (N, T), -1 where none were written."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from me_stats.draws import Draw, Stream
 from me_stats.models.base import Cost, require_language_model
 from me_stats.models.ensemble import Ensemble
 from me_stats.models.shared import Reading, SharedSession
-from me_stats.samplers.base import Sampler, rows_that_fit
+from me_stats.samplers.base import Run, Sampler, rows_that_fit
 
 
 class SpeculativeSampler(Sampler):
@@ -85,31 +84,23 @@ class SpeculativeSampler(Sampler):
         # Rows, verdicts and their probabilities, for the copy that `measure_acceptance` runs.
         self._verdicts: list[tuple[np.ndarray, np.ndarray, np.ndarray]] | None = None
 
-    def _run_batch(
-        self,
-        prompts: list[tuple[int, ...]],
-        prompt_index: np.ndarray,
-        numbers: np.ndarray,
-        max_new_tokens: int,
-        draw: Draw,
-        progress: Callable[[int], None] | None,
-    ) -> tuple[Tensor, Tensor | None, Cost]:
-        starts = [prompts[p] for p in prompt_index]
-        session = SharedSession((self.model, self.draft), starts, max_new_tokens=max_new_tokens)
-        grid = np.full((len(numbers), max_new_tokens), -1, dtype=np.int64)
+    def _run_batch(self, run: Run) -> tuple[Tensor, Tensor | None, Cost]:
+        session = SharedSession((self.model, self.draft), run.starts, max_new_tokens=run.max_new_tokens)
+        grid = np.full((len(run.numbers), run.max_new_tokens), -1, dtype=np.int64)
         eos = np.array(self.model.vocabulary.eos, dtype=np.int64)
-        written = np.zeros(len(numbers), dtype=np.int64)
-        active = np.arange(len(numbers))
+        watch = run.watch(self.model.vocabulary)
+        written = np.zeros(len(run.numbers), dtype=np.int64)
+        active = np.arange(len(run.numbers))
         while len(active):
-            drafts = _Round(self, session, active, numbers, written, max_new_tokens, draw)
+            drafts = _Round(self, session, active, run.numbers, written, run.max_new_tokens, run.draw)
             tokens, lengths = drafts.write(eos)
             for place, row in enumerate(active.tolist()):
                 grid[row, written[row] : written[row] + lengths[place]] = tokens[place, : lengths[place]]
             written[active] += lengths
-            if progress is not None:
-                progress(int(lengths.sum()))
-            last = grid[active, written[active] - 1]
-            active = active[(written[active] < max_new_tokens) & ~np.isin(last, eos)]
+            run.note(int(lengths.sum()))
+            new = np.arange(tokens.shape[1]) < lengths[:, None]
+            watch.see(np.repeat(active, lengths), torch.from_numpy(tokens[new]))
+            active = active[(written[active] < run.max_new_tokens) & watch.alive[active]]
         return torch.from_numpy(grid), None, session.cost
 
     def _propose(self, reading: Reading, rows: np.ndarray, steps: np.ndarray, draw: Draw) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import Tensor
 from me_stats.draws import Draw, RowStreams, Stream, inverse_cdf
 from me_stats.models.base import Cost, LanguageModel, Prefix, Session, checked_laws, open_session, path_log_probs
 from me_stats.models.warped import Warp
-from me_stats.samplers.base import Sampler
+from me_stats.samplers.base import Run, Sampler
 from me_stats.samplers.mixture import MESampler
 from me_stats.trace import Trace
 
@@ -307,8 +307,8 @@ class FaultySampler(Sampler):
         self.inner, self.draw, self.finish = inner, draw, finish
         self.shared_rows = inner.shared_rows
 
-    def _run_batch(self, *batch: Any) -> tuple[Tensor, Tensor | None, Cost]:
-        return self.inner._run_batch(*batch)
+    def _run_batch(self, run: Run) -> tuple[Tensor, Tensor | None, Cost]:
+        return self.inner._run_batch(run)
 
     def sample(self, prompts: Any, *, seed: int = 0, draw: Draw | None = None, **options: Any) -> Trace:
         """As `Sampler.sample`; a `draw` that is given replaces the wrong one."""
