@@ -97,6 +97,7 @@ DOCUMENTS = (
     "docs/mixing.md",
     "docs/long.md",
     "docs/orders.md",
+    "docs/tasks.md",
     "docs/speed.md",
 )
 
