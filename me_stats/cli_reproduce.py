@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -47,6 +48,14 @@ def reproduce(
             "--models then names folders or other ids in place of the group's own, one by one.",
         ),
     ] = None,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            envvar="ME_STATS_DATA",
+            metavar="FOLDER",
+            help="Holds gsm8k, arc_challenge, bbh, mmlu as published: language models do these tasks, too.",
+        ),
+    ] = None,
     only: Annotated[
         list[str] | None, typer.Option(metavar="PART ...", help="Only these parts (names as in the report).")
     ] = None,
@@ -88,12 +97,17 @@ def reproduce(
         check_device(device)
     if quick and full:
         raise ValueError("give --quick or --full, not both")
+    if data is not None:
+        if not data.is_dir():
+            raise ValueError(f"--data {data}: no such folder; it holds gsm8k, arc_challenge, bbh or mmlu")
+        os.environ["ME_STATS_DATA"] = str(data.resolve())  # where experiments look, in other processes too
     group = None if preset is None else groups.resolve(preset, models, dtype and dtype.value)
     precision = (dtype or Dtype.float32).value if group is None else group.dtype
     size: plans.Size = "quick" if quick else "full" if full or group else "laptop"
     parts = plans.plan(
         size=size, models=models if group is None else group.models,
-        several=None if group is None else group.vocabularies == "several", dtype=precision, device=device, seed=seed,
+        several=None if group is None else group.vocabularies == "several", data=data is not None,
+        dtype=precision, device=device, seed=seed,
     )  # fmt: skip
     if group is not None:
         parts = groups.parts(group, parts)
@@ -106,16 +120,16 @@ def reproduce(
     if not dry_run:
         _pull_missing(parts, console)
     waiting = [part for part in parts if fresh or job.finished(part, out / "records") is None]
-    found = preflight.check(waiting, device=device, dtype=precision, out=out, group=group)
+    found = preflight.check(waiting, device=device, dtype=precision, out=out, group=group, data=data)
     if dry_run:
         Console().print(preflight.table(found.checks))
         Console().print(preflight.forecast_table(found))
         raise typer.Exit(0 if found.passed else CHECK_FAILED)
     if not found.passed:
         console.print(preflight.table(found.checks))
-        failed = sum(check.status == "fail" for check in found.checks)
+        wrong = sum(check.status == "fail" for check in found.checks)
         raise ValueError(
-            f"{failed} of {len(found.checks)} checks failed before the first forward; remedies stand above"
+            f"{wrong} of {len(found.checks)} checks failed before the first forward; remedies stand above"
         )
     records = _run(parts, out / "records", fresh, console)
     page, _ = _write(records, out)
@@ -229,7 +243,7 @@ def _commands(records: Sequence[Record]) -> dict[str, str]:
     from me_stats import groups, plans
 
     sizes = get_args(plans.Size)
-    default = {part.name for size in sizes for part in plans.plan(size=size)}
+    default = {part.name for size in sizes for part in plans.plan(size=size, data=True)}
     usual = {"device": "cpu", "dtype": "float32", "seed": 0}
     commands = {}
     for record in records:
@@ -246,10 +260,11 @@ def _commands(records: Sequence[Record]) -> dict[str, str]:
         options = {name: config[name] for name in usual if config.get(name, usual[name]) != usual[name]}
         if record.name not in default and "models" in config:
             options["models"] = config["models"]
-        planned = {size: {part.key for part in plans.plan(**options, size=size)} for size in sizes}
+        planned = {size: {part.key for part in plans.plan(**options, size=size, data=True)} for size in sizes}
         # A record of another version fits none of the sizes: those that we keep are of full runs.
         size = next((size for size in ("laptop", "quick") if record.key in planned[size]), "full")
         words = ["me-stats", "reproduce"] + [f"--{size}"] * (size != "laptop")
+        words += ["--data", "FOLDER"] * bool(record.results.get("files"))
         for name, value in options.items():
             words += [f"--{name}", *map(str, value if name == "models" else [value])]
         commands[record.name] = shlex.join([*words, "--only", record.name])

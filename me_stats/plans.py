@@ -47,6 +47,7 @@ def plan(
     size: Size = "laptop",
     models: Sequence[str] | None = None,
     several: bool | None = None,
+    data: bool = False,
     dtype: str = "float32",
     device: str = "cpu",
     seed: int = 0,
@@ -54,10 +55,11 @@ def plan(
     """The parts of a run: toys, then each set of models, then what shows how far our tests can be trusted.
 
     `models` replaces the default sets and leaves the last group out; the toys run in every case. `several` says whether
-    they have several vocabularies, None: look at those that are on this machine.
+    they have several vocabularies, None: look at those that are on this machine. With `data`, language models also do
+    the benchmarks, whose files the caller has.
 
     >>> [len(plan(size=size)) for size in ("quick", "laptop", "full")]
-    [30, 38, 45]
+    [31, 39, 46]
     """
     toys = {"shapes": ((2, 5, 3), (3, 3, 3), (4, 2, 3))} if size != "full" else {}
     parts = [Part("toy_equivalence", "", _config("toy_equivalence", seed=seed, **toys))]
@@ -67,15 +69,19 @@ def plan(
         parts += _parts(_MIXED_SIBLINGS[size], "siblings-mixed", MIXED_SIBLINGS, where)
         if size != "quick":
             parts += _parts(_language_model(size, where), _tag(LANGUAGE_MODEL), LANGUAGE_MODEL, where)
+            parts += _parts(_BENCHMARKS[size] if data else {}, _tag(LANGUAGE_MODEL), LANGUAGE_MODEL, where)
             parts += _parts(_MIXED[size], _tag(MIXED_MODELS), MIXED_MODELS, where)
+            parts += _parts(_MIXED_BENCHMARKS if data else {}, _tag(MIXED_MODELS), MIXED_MODELS, where)
         parts += [Part(name, "", _config(name, seed=seed, **options)) for name, options in _INSTRUMENTS[size].items()]
     elif tuple(models) == SIBLINGS:
         parts += _siblings(size, where)
     elif several or (several is None and _several_vocabularies(models)):
-        sizes = _MIXED_SIBLINGS if tuple(models) == MIXED_SIBLINGS else _MIXED
-        parts += _parts(sizes[size], _tag(models), models, where)
+        bundled = tuple(models) == MIXED_SIBLINGS
+        parts += _parts((_MIXED_SIBLINGS if bundled else _MIXED)[size], _tag(models), models, where)
+        parts += _parts(_MIXED_BENCHMARKS if data and not bundled else {}, _tag(models), models, where)
     else:
         parts += _parts(_LANGUAGE[size] | (_SEVERAL if len(models) > 1 else {}), _tag(models), models, where)
+        parts += _parts(_BENCHMARKS[size] if data else {}, _tag(models), models, where)
     return parts
 
 
@@ -146,6 +152,7 @@ _SMALL_SIBLINGS: Options = {
         "spans": (1, 2, 4, 8, 16), "contexts": (8, 24), "curve_dtypes": (),
         "arms": ("single", "CE", "ME", "ME lockstep", "ME shared"),
     },
+    "accuracy": {"limit": 40, "runs": 3, "texts": 4},
     "weights": {"text_bytes": 8000, "document_bytes": 500, "runs": 100, "solver_tokens": 100_000},
     "sensitivity": {
         "toys": 3, "toy_rows": 3000, "points": 5, "rows": 16, "steps": 24, "text_bytes": 8000,
@@ -167,7 +174,7 @@ _SMALL_SIBLINGS: Options = {
 _SIBLINGS: dict[Size, Options] = {
     "quick": _SMALL_SIBLINGS,
     "laptop": _SMALL_SIBLINGS,
-    "full": {name: {} for name in _SMALL_SIBLINGS},
+    "full": {name: {} for name in _SMALL_SIBLINGS} | {"accuracy": {"limit": 421, "runs": 8, "texts": 40}},
 }
 
 # What two quiet cores reach with models of one size: the record of a busy machine says which it missed.
@@ -211,6 +218,20 @@ _LANGUAGE_LAPTOP: Options = {
     "weights": {"text_bytes": 3000, "document_bytes": 300, "runs": 0},
 }  # fmt: skip
 _LANGUAGE: dict[Size, Options] = {"quick": _LANGUAGE_LAPTOP, "laptop": _LANGUAGE_LAPTOP, "full": _LANGUAGE_FULL}
+
+# Tasks of the paper's tables. Letters are one token, so that their accuracies are summed exactly.
+_BENCHMARKS_SMALL: Options = {"accuracy": {"tasks": ("arc_challenge",), "limit": 24, "runs": 2}}
+_BENCHMARKS: dict[Size, Options] = {
+    "quick": _BENCHMARKS_SMALL,
+    "laptop": _BENCHMARKS_SMALL,
+    "full": {
+        "accuracy": {
+            "tasks": ("arc_challenge", "bbh:boolean_expressions", "bbh:sports_understanding", "gsm8k"), "limit": 48,
+            "runs": 3, "fewshot": 2, "max_new_tokens": 128,
+        },
+    },
+}  # fmt: skip
+_MIXED_BENCHMARKS: Options = {"accuracy": {"tasks": ("arc_challenge",), "limit": 32, "runs": 2}}
 
 # Several models over one vocabulary can also be mixed as if it were not one.
 _SEVERAL: Options = {"mixed_vocabularies": {"rows": 2, "steps": 32, "tested": 3, "tested_steps": 24}}

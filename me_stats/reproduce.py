@@ -70,6 +70,7 @@ ORDER = (
     "speed",
     "mixed_vocabularies",
     "tokenizer_audit",
+    "accuracy",
     "weights",
     "sensitivity",
     "routers",

@@ -15,7 +15,7 @@ from tests import tiny
 
 EXPERIMENTS = list(tiny.OPTIONS)
 # After the toys: what runs on any models, on models of several vocabularies, on the siblings alone, on our tests.
-ON_MODELS, ON_SEVERAL, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:9], EXPERIMENTS[9:11], EXPERIMENTS[11:17], EXPERIMENTS[17:]
+ON_MODELS, ON_SEVERAL, ON_SIBLINGS, ON_TESTS = EXPERIMENTS[1:9], EXPERIMENTS[9:11], EXPERIMENTS[11:18], EXPERIMENTS[18:]
 # What runs on models of several vocabularies besides.
 ON_STRINGS = ["per_step", "certificate", "sequences", "transform_order", *ON_SEVERAL]
 

@@ -39,6 +39,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "tokenizer_audit": {
         "models": SIBLINGS, "tokenizers": (), "files": (), "planted": True, "rows": 4, "steps": 12,
     },
+    "accuracy": {"tasks": ("indentation", "stdlib_bpb:prose"), "limit": 8, "texts": 2, "runs": 2, "margin": 0.5},
     "weights": {
         "text_bytes": 3000, "document_bytes": 300, "runs": 60, "run_tokens": 1000, "solver_tokens": 20_000,
     },
@@ -103,6 +104,7 @@ APART = {
     "mixed_vocabularies": "test_mixed_vocabularies.py",
     "tokenizer_audit": "test_tokenizer_audit_experiment.py",
     "audit": "test_audit_experiment.py",
+    "accuracy": "test_accuracy.py",
     "weights": "test_weights_experiment.py",
     "sensitivity": "test_sensitivity_experiment.py",
     "routers": "test_routers.py",
