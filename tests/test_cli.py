@@ -114,6 +114,7 @@ def test_several_models(run: Run, monkeypatch: pytest.MonkeyPatch, arguments: tu
         "seed": 5,
         "size": "laptop",
         "several": None,
+        "data": False,
         "dtype": "float32",
         "device": "cpu",
     }

@@ -98,6 +98,7 @@ DOCUMENTS = (
     "docs/long.md",
     "docs/orders.md",
     "docs/tasks.md",
+    "docs/served.md",
     "docs/speed.md",
 )
 

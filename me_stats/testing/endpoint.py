@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import operator
-import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
-from urllib.parse import urlsplit
 
+from me_stats.served.client import HttpClient, Json
+from me_stats.served.openai import token_ids
 from me_stats.testing.adapters import row_seeds
 
 # The law of the model itself, against what servers do by default (vLLM follows the checkpoint's generation config).
@@ -21,15 +20,6 @@ _NEUTRAL: dict[str, Any] = {
     "return_token_ids": True,
 }
 _OURS = ("model", "prompt", "max_tokens", "seed", "n", "best_of", "stream", "echo")
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.25, 30.0  # seconds
-_REMEDIES = {
-    400: "the server does not take this request; leave a field out by giving it as None, such as top_k=None",
-    401: "give a valid api_key",
-    403: "give an api_key that may use this model",
-    404: "give the base url, which mostly ends in /v1, and a model that the server serves",
-    422: "the server does not take this request; leave a field out by giving it as None, such as top_k=None",
-    429: "lower concurrency, or raise retries",
-}
 
 
 class Completions:
@@ -91,78 +81,34 @@ class Completions:
         eos: int | Iterable[int] | None = None,
         **body: Any,
     ) -> None:
-        if not url.startswith(("http://", "https://")) or "@" in urlsplit(url).netloc:
-            raise ValueError("url must start with http:// or https:// and hold no credentials; give api_key instead")
-        if api_key is not None and not (api_key.isascii() and api_key.isprintable() and " " not in api_key):
-            raise ValueError("api_key holds spaces, line ends or letters that no header takes; strip() it")
-        if concurrency < 1 or retries < 0 or not timeout > 0:
-            raise ValueError(
-                "concurrency must be at least 1, retries at least 0 and timeout positive, got "
-                f"{concurrency}, {retries} and {timeout}"
-            )
         taken = [name for name in _OURS if name in body]
         if taken:
             raise ValueError(f"Completions sets {taken[0]} itself; leave it out of the body")
         self.url = url.rstrip("/").removesuffix("/completions")
         self.model, self.body = model, body
-        self.concurrency, self.timeout, self.retries = concurrency, timeout, retries
         self.eos = () if eos is None else (eos,) if isinstance(eos, int) else tuple(eos)
-        self._api_key = api_key
+        options: dict[str, Any] = {"concurrency": concurrency, "timeout": timeout, "retries": retries}
+        self._options = {**options, "api_key": api_key, "patient": False, "needed_by": "Completions"}
+        self._client()
 
     def __call__(self, prompts: Sequence[tuple[int, ...]], *, max_new_tokens: int, seed: int) -> list[list[int]]:
         """Continuations of B prompts as B ragged rows of ids; see `TokenSampler`."""
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-        httpx = _httpx()
-        headers = {"Authorization": f"Bearer {self._api_key}"} if self._api_key else {}
         fields = {name: value for name, value in {**_NEUTRAL, **self.body}.items() if value is not None}
-
-        limits = httpx.Limits(max_connections=self.concurrency, max_keepalive_connections=self.concurrency)
 
         def row(prompt: tuple[int, ...], own: int) -> list[int]:
             ids = {"model": self.model, "prompt": [operator.index(token) for token in prompt]}
-            request = {**fields, **ids, "max_tokens": max_new_tokens, "seed": own}
-            return self._tokens(self._post(client, request), max_new_tokens)
+            request: Json = {**fields, **ids, "max_tokens": max_new_tokens, "seed": own}
+            return client.post(
+                "/completions", lambda attempt: request, read=lambda sent, answer: self._tokens(answer, max_new_tokens)
+            )
 
-        with (
-            httpx.Client(headers=headers, timeout=self.timeout, limits=limits) as client,
-            ThreadPoolExecutor(max_workers=self.concurrency) as pool,
-        ):
-            return list(pool.map(row, prompts, row_seeds(seed, len(prompts))))
+        with self._client() as client:
+            return client.map(row, prompts, row_seeds(seed, len(prompts)))
 
-    def _post(self, client: Any, request: dict[str, Any]) -> Any:
-        """The JSON of the answer, after as many attempts as it takes."""
-        httpx, where = _httpx(), f"{self.url}/completions"
-        for attempt in range(self.retries + 1):
-            pause = min(_FIRST_PAUSE * 2**attempt, _LONGEST_PAUSE)
-            try:
-                response = client.post(where, json=request)
-            except httpx.ConnectError as error:
-                raise ConnectionError(
-                    f"cannot connect to {where} ({error}); is the server running, and is the url right?"
-                ) from error
-            except httpx.TransportError as error:
-                failure = f"{where} failed: {type(error).__name__}, with timeout={self.timeout:g} s; raise the timeout"
-            else:
-                if response.is_success:
-                    return self._parsed(response)
-                remedy = _REMEDIES.get(response.status_code, "see the log of the server")
-                failure = f"{where} answered {response.status_code}: {self._excerpt(response.text)}; {remedy}"
-                if response.status_code != 429 and response.status_code < 500:
-                    raise ValueError(failure)
-                pause = _retry_after(response.headers.get("retry-after"), pause)
-            if attempt < self.retries:
-                time.sleep(pause)
-        raise ConnectionError(f"{failure} ({self.retries + 1} attempts)")
-
-    def _parsed(self, response: Any) -> Any:
-        try:
-            return response.json()
-        except ValueError as error:
-            raise ValueError(
-                f"{self.url}/completions answered with something other than JSON, {self._excerpt(response.text)!r}; "
-                "is it the base url of an OpenAI-style server?"
-            ) from error
+    def _client(self) -> HttpClient:
+        return HttpClient(self.url, **self._options)
 
     def _tokens(self, answer: Any, max_new_tokens: int) -> list[int]:
         """Token ids of the first choice, its end included."""
@@ -170,7 +116,7 @@ class Completions:
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             raise ValueError(f"{self.url}/completions must answer with one entry in choices, got {answer!s:.120}")
         choice = choices[0]
-        ids, reason = _token_ids(choice), choice.get("finish_reason")
+        ids, reason = token_ids(choice), choice.get("finish_reason")
         if ids is None:
             raise ValueError(
                 f"{self.url}/completions returned no token ids, and text does not tell which tokens wrote it; the "
@@ -198,36 +144,6 @@ class Completions:
             )
         return [*ids, self.eos[0]]
 
-    def _excerpt(self, text: str) -> str:
-        # Servers like to quote the key that they refuse.
-        return (text.replace(self._api_key, "***") if self._api_key else text)[:200]
-
     def __repr__(self) -> str:
         fields = "".join(f", {name}={value!r}" for name, value in self.body.items())
         return f"Completions({self.url!r}, model={self.model!r}{fields})"
-
-
-def _token_ids(choice: dict[str, Any]) -> list[int] | None:
-    ids = choice.get("token_ids")
-    if ids is None:
-        logprobs = choice.get("logprobs")
-        tokens = logprobs.get("tokens") if isinstance(logprobs, dict) else None
-        if not isinstance(tokens, list) or not all(str(token).startswith("token_id:") for token in tokens):
-            return None
-        ids = [str(token).removeprefix("token_id:") for token in tokens]
-        return [int(token) for token in ids] if all(map(str.isdecimal, ids)) else None
-    valid = isinstance(ids, list) and all(isinstance(token, int) and not isinstance(token, bool) for token in ids)
-    return ids if valid else None
-
-
-def _retry_after(header: str | None, pause: float) -> float:
-    """The pause that the server asks for, where it gives one in seconds."""
-    return min(float(header), _LONGEST_PAUSE) if header and header.isdecimal() else pause
-
-
-def _httpx() -> Any:
-    try:
-        import httpx2
-    except ImportError as error:
-        raise ImportError("Completions needs an HTTP client; run: pip install httpx2") from error
-    return httpx2
