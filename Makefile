@@ -33,7 +33,7 @@ $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,vocabularies,lm-eval,http,llamacpp]" --group dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[gguf,vocabularies,lm-eval,http,llamacpp,ray,slurm]" --group dev
 	touch $(READY)
 
 clean:

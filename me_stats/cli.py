@@ -50,10 +50,10 @@ app.command(cli_router.NAME)(cli_router.train_router)
 
 # Options that take several values after one name.
 _REPEATED = ("--models", "--only", "--text", "--domain", "--prompt", "--against", "--batch", "--weights", "--arms",
-             "--items", "--tasks")  # fmt: skip
+             "--items", "--tasks", "--executor-option")  # fmt: skip
 OK, BAD_USAGE, INTERRUPTED = 0, 2, 130
 # RuntimeErrors that say what to do; any other is a bug and keeps its traceback.
-_EXPECTED = (("me_stats.models.catalog", "CatalogError"), ("me_stats.parts", "WorkerDied"))
+_EXPECTED = (("me_stats.models.catalog", "CatalogError"), ("me_stats.executors", "WorkerDied"))
 
 # Usage errors of the click that typer carries within it or, in older versions, stands on.
 _UsageError: Any = typer.BadParameter.__base__
@@ -111,7 +111,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         known = tuple(getattr(module, name) for module, name in loaded if module is not None)
         if isinstance(error, RuntimeError) and not isinstance(error, known):
             raise
-        code = _fail(str(error))
+        code = _fail(" ".join([str(error), *getattr(error, "__notes__", ())]))
     sys.exit(code or OK)
 
 

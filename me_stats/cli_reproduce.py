@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, get_args
@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from me_stats import cli_bench, cli_compare
+from me_stats import cli_bench, cli_compare, cli_executor
 from me_stats.cli_options import Device, Dtype, check_device, check_out, say
 
 if TYPE_CHECKING:
@@ -69,6 +69,11 @@ def reproduce(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check models, memory, disk and packages, forecast times, and stop there.")
     ] = False,
+    executor: cli_executor.Kind = cli_executor.Executor.here,
+    workers: cli_executor.Workers = 1,
+    threads: cli_executor.Threads = None,
+    gpus_per_worker: cli_executor.Gpus = 0.0,
+    executor_option: cli_executor.Options = None,
 ) -> None:
     """Check the paper's claims by experiment, and write a report with figures, bounds and verdicts.
 
@@ -87,6 +92,7 @@ def reproduce(
       me-stats reproduce --full --models org/a org/b --device cuda
       me-stats reproduce --preset qwen --device cuda --dry-run
       me-stats reproduce --preset qwen --device cuda
+      me-stats reproduce --executor ray --workers 2 --threads 1
     """
     from me_stats import groups, plans, preflight
     from me_stats import reproduce as job
@@ -94,7 +100,9 @@ def reproduce(
     console = Console(stderr=True)
     if not dry_run:
         check_out(out)
-        check_device(device)
+        if executor.is_this_machine:
+            check_device(device)
+    workplace = cli_executor.opened(executor, workers, threads, gpus_per_worker, executor_option or ())
     if quick and full:
         raise ValueError("give --quick or --full, not both")
     if data is not None:
@@ -127,11 +135,10 @@ def reproduce(
         raise typer.Exit(0 if found.passed else CHECK_FAILED)
     if not found.passed:
         console.print(preflight.table(found.checks))
+    if not found.passed and executor.is_this_machine:  # others have devices and memory of their own
         wrong = sum(check.status == "fail" for check in found.checks)
-        raise ValueError(
-            f"{wrong} of {len(found.checks)} checks failed before the first forward; remedies stand above"
-        )
-    records = _run(parts, out / "records", fresh, console)
+        raise ValueError(f"{wrong} of {len(found.checks)} checks failed before the first forward; remedies stand above")
+    records = cli_executor.run(parts, out / "records", fresh, console, workplace)
     page, _ = _write(records, out)
     from me_stats.report import failures
     from me_stats.report.markdown import verdict_table
@@ -174,53 +181,6 @@ def report(
         write_atomically(paper, text)
         typer.echo(paper)
     typer.echo(page)
-
-
-def _run(parts: Sequence[Part], folder: Path, fresh: bool, console: Console) -> list[Record]:
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-
-    from me_stats import reproduce as job
-
-    done: list[Record] = []
-    columns = (
-        SpinnerColumn(),
-        TextColumn("{task.fields[part]}"),
-        BarColumn(bar_width=24),
-        TextColumn("{task.percentage:>3.0f}%"),
-        TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
-    )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
-        task = bar.add_task("", total=len(parts), part="", note="")
-        for i, part in enumerate(parts):
-            record = None if fresh else job.finished(part, folder)
-            bar.update(task, completed=i, part=f"{i + 1}/{len(parts)} {part.name}", note="")
-            if record is None:
-                if not console.is_terminal:
-                    say(console, f"{i + 1}/{len(parts)} {part.name} ...")
-                try:
-                    record = job.run_part(part, folder, _reporter(bar.update, task, i))
-                except KeyboardInterrupt:
-                    bar.stop()
-                    say(
-                        console,
-                        f"\ninterrupted: {len(done)} finished parts are kept in {folder}; "
-                        "the same command goes on from there",
-                    )
-                    raise
-                mark = "[green]✓[/]" if record.held else "[red]✗[/]"
-                console.print(f"{mark} {escape(part.name)}  {record.wall_s:.0f} s", highlight=False, soft_wrap=True)
-            else:
-                console.print(f"[green]✓[/] {escape(part.name)}  done before", highlight=False, soft_wrap=True)
-            done.append(record)
-    return done
-
-
-def _reporter(update: Callable[..., None], task: object, base: int) -> Callable[[float, str], None]:
-    def report_progress(fraction: float, note: str) -> None:
-        update(task, completed=base + fraction, note=note)
-
-    return report_progress
 
 
 def _write(records: Sequence[Record], out: Path, folder: Path | None = None) -> tuple[Path, Figures]:

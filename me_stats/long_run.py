@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -119,13 +120,13 @@ def open_plan(plan: LongPlan) -> tuple[Ensemble, tuple[Any, ...], Setting]:
 
 
 def generate(
-    plan: LongPlan, folder: Path, *, workers: int = 1,
+    plan: LongPlan, folder: Path, *, workers: int = 1, executor: Executor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[Arm, list[Path]]:  # fmt: skip
     """Run the plan's parts that `folder` does not hold yet; files of each arm, in the order of rows.
 
     `progress` gets tokens done and in all, a scored token counting as another one. See `parts.run_parts` for
-    `workers`; parts and their numbers do not depend on it.
+    `workers` and `executor`; parts and their numbers do not depend on them.
     """
     work: list[PartOfWork] = []
     arms: dict[Arm, list[str]] = {arm: [] for arm in ARMS}
@@ -140,7 +141,8 @@ def generate(
                 arms[arm].append(name)
     started, before = time.perf_counter(), seconds_spent(folder)
     try:
-        run_parts(work, folder, workers=workers, threads=1 if workers > 1 else None, progress=progress)
+        threads = 1 if workers > 1 else None
+        run_parts(work, folder, workers=workers, threads=threads, executor=executor, progress=progress)
     finally:
         # Beside the parts, which hold what they hold however long it took.
         spent = before + time.perf_counter() - started

@@ -7,12 +7,11 @@ goes on leaves the same files as one that was not.
 from __future__ import annotations
 
 import io
-import multiprocessing
-import signal
+import os
+import time
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, BrokenExecutor, Executor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +19,8 @@ from typing import Any
 
 import numpy as np
 
+from me_stats.executors import Here, WorkerDied, Workers, open_executor
+from me_stats.lanes import tick as tell
 from me_stats.record import write_atomically
 
 Tick = Callable[[int], None]
@@ -27,9 +28,7 @@ Arrays = dict[str, np.ndarray]
 # What numpy and zipfile raise for a damaged file: a flipped bit may ask for a password or for terabytes.
 _UNREADABLE = (OSError, ValueError, EOFError, KeyError, TypeError, zipfile.BadZipFile, RuntimeError, MemoryError)
 
-
-class WorkerDied(RuntimeError):
-    """A process of the run ended without a word, such as for want of memory."""
+_PATIENCE = 90.0  # seconds after which a network's disk shows what another machine wrote
 
 
 @dataclass(frozen=True)
@@ -50,6 +49,7 @@ def run_parts(
     *,
     workers: int = 1,
     threads: int | None = None,
+    executor: Executor | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Path]:
     """Run what `folder` does not hold yet and return the file of each part, in order.
@@ -62,16 +62,24 @@ def run_parts(
         Processes. 1 runs here; more are started afresh and end with the run.
     threads
         Threads of each further process; None leaves torch's choice.
+    executor
+        Runs the parts instead, in any order: `executors.open_executor`, or another whose workers see `folder`.
     progress
-        Called with units done, those of kept parts included, and units in all, about twice a second.
+        Called with units done, those of kept parts included, and units in all, about twice a second. Of an `executor`
+        on other machines only finished parts are known.
 
     Raises
     ------
     WorkerDied
-        A RuntimeError, if a process died, such as for want of memory: what others finished is kept.
+        A RuntimeError, if what a part ran on died time and again, such as for want of memory: what others finished is
+        kept.
+    Exception
+        That of a part, with a note that names it. Parts that wait are dropped.
     """
     if workers < 1:
         raise ValueError(f"workers must be at least 1, got {workers}")
+    if executor is not None and (workers > 1 or threads is not None):
+        raise ValueError("give workers and threads to open_executor, not beside an executor")
     if len({part.name for part in parts}) < len(parts):
         raise ValueError("parts must have distinct names")
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,7 +88,7 @@ def run_parts(
     total = sum(part.units for part in parts)
     kept = total - sum(part.units for part in missing)
     progress(kept, total)
-    if workers == 1 or len(missing) < 2:
+    if isinstance(executor, Here) or (executor is None and (workers == 1 or len(missing) < 2)):
         done = kept
 
         def tick(units: int) -> None:
@@ -89,9 +97,13 @@ def run_parts(
             progress(min(done, total), total)
 
         for part in missing:
-            _finish(part, folder, tick)
+            with _named(part):
+                _finish(part, folder, tick)
+    elif executor is not None:
+        _submit(missing, folder, executor, lambda new: progress(kept + new, total))
     else:
-        _in_processes(missing, folder, min(workers, len(missing)), threads, lambda new: progress(kept + new, total))
+        with open_executor("processes", min(workers, len(missing)), threads=threads) as own:
+            _submit(missing, folder, own, lambda new: progress(kept + new, total))
     progress(total, total)
     return paths
 
@@ -122,57 +134,57 @@ def _finish(part: PartOfWork, folder: Path, tick: Tick) -> None:
     write_atomically(folder / f"{part.name}.npz", buffer.getvalue())
 
 
-def _in_processes(
-    parts: Sequence[PartOfWork], folder: Path, workers: int, threads: int | None, report: Callable[[int], None]
-) -> None:
-    context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    strangers = set(multiprocessing.active_children())
-    executor = ProcessPoolExecutor(workers, mp_context=context, initializer=_begin, initargs=(counter, threads))
+def _submit(parts: Sequence[PartOfWork], folder: Path, executor: Executor, report: Callable[[int], None]) -> None:
+    folder = folder.resolve()  # workers may stand elsewhere
+    waiting = {}
+    done = seen = 0
     try:
-        waiting: set[Future[None]] = {executor.submit(_work, part, folder) for part in parts}
+        for part in parts:
+            with _named(part):
+                waiting[executor.submit(_work, part, folder)] = part
         while waiting:
-            finished, waiting = wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED)
-            _raise_first(finished)
-            report(min(counter.value, sum(part.units for part in parts)))
-        executor.shutdown()
-    except BaseException as error:
-        executor.shutdown(wait=False, cancel_futures=True)
-        ours = set(multiprocessing.active_children()) - strangers
-        for process in ours:
-            process.terminate()
-        for process in ours:
-            process.join(timeout=5)
-        if isinstance(error, BrokenProcessPool):
-            raise WorkerDied(
-                "a process of the run died, perhaps for want of memory; finished parts are kept: run again with fewer "
-                "workers or a smaller batch"
-            ) from error
+            for future in wait(waiting, timeout=0.5, return_when=FIRST_COMPLETED).done:
+                part = waiting.pop(future)
+                with _named(part):
+                    future.result()
+                    _await(folder / f"{part.name}.npz")
+                done += part.units
+            running = executor.units if isinstance(executor, Workers) else 0
+            # A part that a worker took with it begins again.
+            seen = max(seen, min(done + running, sum(part.units for part in parts)))
+            report(seen)
+    except BaseException:
+        for future in waiting:
+            future.cancel()
         raise
 
 
-def _raise_first(finished: Iterable[Future[None]]) -> None:
-    for future in finished:
-        future.result()
+@contextmanager
+def _named(part: PartOfWork) -> Iterator[None]:
+    try:
+        yield
+    except BrokenExecutor as error:
+        raise WorkerDied(
+            f"a worker of the run died in {part.name} or beside it, perhaps for want of memory; finished parts are "
+            "kept: run again with fewer workers or a smaller batch"
+        ) from error
+    except Exception as error:
+        error.add_note(f"in part {part.name}")
+        raise
 
 
-_counter: Any = None  # of this worker process
-
-
-def _begin(counter: Any, threads: int | None) -> None:
-    global _counter
-    _counter = counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides what an interruption ends
-    if threads is not None:
-        import torch
-
-        torch.set_num_threads(threads)
-
-
-def _add(units: int) -> None:
-    with _counter.get_lock():
-        _counter.value += units
+def _await(path: Path) -> None:
+    """Wait until a file that a worker wrote is seen here; FileNotFoundError if it is on another disk."""
+    end = time.monotonic() + _PATIENCE
+    while not path.exists():
+        if time.monotonic() > end:
+            raise FileNotFoundError(
+                f"{path.name} was written where this machine does not see it: choose an output folder on a disk that "
+                "all workers share"
+            )
+        os.listdir(path.parent)  # which asks a network's disk again
+        time.sleep(0.2)
 
 
 def _work(part: PartOfWork, folder: Path) -> None:
-    _finish(part, folder, _add)
+    _finish(part, folder, tell)

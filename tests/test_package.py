@@ -99,6 +99,7 @@ DOCUMENTS = (
     "docs/orders.md",
     "docs/tasks.md",
     "docs/served.md",
+    "docs/executors.md",
     "docs/speed.md",
 )
 

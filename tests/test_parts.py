@@ -197,7 +197,7 @@ def ends(tmp_path: Path, work: Callable[..., dict[str, np.ndarray]], error: type
 def test_a_process_that_dies_is_named_with_the_remedy(tmp_path: Path) -> None:
     assert issubclass(WorkerDied, RuntimeError)
     said = ends(tmp_path, part_work.dies, WorkerDied)
-    assert "a process of the run died" in said
+    assert "a worker of the run died" in said
     assert "finished parts are kept: run again with fewer workers or a smaller batch" in said
 
 
