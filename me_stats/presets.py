@@ -24,6 +24,8 @@ _LABELS: dict[tuple[str, ...], str] = {
     MIXED_SIBLINGS: "bundled siblings of two vocabularies",
 }
 
+_GGUF = ":gguf"
+
 # One model under two system prompts is an ensemble of two laws over one vocabulary (prompt ensembling).
 SYSTEM_PROMPTS = (
     "You answer in one short plain sentence.",
@@ -70,16 +72,18 @@ def open_setting(
     Parameters
     ----------
     models
-        Names that `TransformersModel` takes. One name means prompt ensembling.
+        Names that `TransformersModel` takes, or a catalog name with ``:gguf``: llama.cpp's server then runs the model on
+        this machine's processor in the precision of its file, until nothing refers to it. One name means prompt
+        ensembling.
     weights
         λ; default (0.6, 0.4) for two components, so that a swap of components shows, else equal.
     """
     if not models:
         raise ValueError("models must name at least one model")
-    opened = [TransformersModel(name, dtype=dtype, device=device) for name in models]
+    opened = [_open(name, dtype, device) for name in models]
     components: Sequence[LanguageModel]
     if len(opened) == 1:
-        components, prompts = _under_system_prompts(opened[0])
+        components, prompts = _under_system_prompts(opened[0], models[0])
         label = f"{models[0]} under {len(components)} prompts"
     else:
         mixed = any(model.vocabulary != opened[0].vocabulary for model in opened)
@@ -93,7 +97,20 @@ def open_setting(
     return Setting(label, ensemble, tuple(prompts), tuple(zip(models, opened, strict=True)))
 
 
-def aligned(models: Sequence[TransformersModel]) -> list[Aligned]:
+def _open(name: str, dtype: Literal["float32", "bfloat16", "float16"], device: str) -> LanguageModel:
+    if not name.endswith(_GGUF):
+        return TransformersModel(name, dtype=dtype, device=device)
+    if (dtype, device) != ("float32", "cpu"):
+        raise ValueError(f"{name} runs on the cpu in the precision of its file; leave dtype and device out")
+    from me_stats.served import open_gguf
+
+    try:
+        return open_gguf(name)
+    except ImportError as error:
+        raise ValueError(str(error)) from error
+
+
+def aligned(models: Sequence[LanguageModel]) -> list[Aligned]:
     """The models as laws over the byte strings of all of them, each behind its own begin of sequence where it has one.
 
     Raises ValueError, with the model and the reason, for a tokenizer that cannot be read as bytes.
@@ -108,14 +125,18 @@ def aligned(models: Sequence[TransformersModel]) -> list[Aligned]:
     return [Aligned(model, shared) for model in begun]
 
 
-def _require_bytes(model: TransformersModel) -> None:
+def _require_bytes(model: LanguageModel) -> None:
     try:
         read_tokenizer(model.vocabulary)
     except ValueError as error:
-        raise ValueError(f"{model.name} cannot be mixed with models of other vocabularies: {error}") from None
+        raise ValueError(f"{_called(model)} cannot be mixed with models of other vocabularies: {error}") from None
 
 
-def _begin(model: TransformersModel) -> list[int]:
+def _called(model: LanguageModel) -> str:
+    return str(getattr(model, "name", "") or model)
+
+
+def _begin(model: LanguageModel) -> list[int]:
     """What the tokenizer puts before a text of its own accord."""
     plain, special = (model.vocabulary.tokenizer.encode("a", add_special_tokens=add) for add in (False, True))
     return list(special[: len(special) - len(plain)]) if special[-len(plain) :] == plain else []
@@ -134,7 +155,7 @@ def open_recorded(recorder: Recorder, *, weights: Sequence[float] | None = None)
     return setting
 
 
-def _under_system_prompts(model: TransformersModel) -> tuple[list[Conditioned], list[Prompt]]:
+def _under_system_prompts(model: LanguageModel, name: str) -> tuple[list[Conditioned], list[Prompt]]:
     """One component per system prompt, and prompts that hold everything after it."""
     tokenizer = model.vocabulary.tokenizer
     if getattr(tokenizer, "chat_template", None) is None:
@@ -143,12 +164,12 @@ def _under_system_prompts(model: TransformersModel) -> tuple[list[Conditioned], 
     heads = [_chat(tokenizer, [("system", system)]) for system in SYSTEM_PROMPTS]
     if any(system not in head for system, head in zip(SYSTEM_PROMPTS, heads, strict=True)):
         # Some templates move it into the first user turn: the components would be one and the same.
-        raise ValueError(f"the chat template of {model.name} does not put the system prompt first")
+        raise ValueError(f"the chat template of {name} does not put the system prompt first")
     prompts: list[Prompt] = []
     for text in CHAT_PROMPTS:
         whole = _chat(tokenizer, [("system", SYSTEM_PROMPTS[0]), ("user", text)], reply=True)
         if not whole.startswith(heads[0]):
-            raise ValueError(f"the chat template of {model.name} does not put the system prompt first")
+            raise ValueError(f"the chat template of {name} does not put the system prompt first")
         prompts.append(whole[len(heads[0]) :])
     return [Conditioned(model, head) for head in heads], prompts
 
