@@ -226,7 +226,7 @@ _BENCHMARKS: dict[Size, Options] = {
     "laptop": _BENCHMARKS_SMALL,
     "full": {
         "accuracy": {
-            "tasks": ("arc_challenge", "bbh:boolean_expressions", "gsm8k"), "limit": 48, "runs": 2, "fewshot": 2,
+            "tasks": ("arc_challenge", "bbh:boolean_expressions"), "limit": 48, "runs": 2, "fewshot": 2,
             "max_new_tokens": 128,
         },
     },
