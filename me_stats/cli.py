@@ -15,6 +15,7 @@ from me_stats import (
     cli_audit,
     cli_bench,
     cli_compare,
+    cli_doctor,
     cli_eval,
     cli_long,
     cli_models,
@@ -45,6 +46,7 @@ app.command()(cli_compare.compare)
 app.command()(cli_bench.bench)
 app.command()(cli_tokenizers.tokenizers)
 app.command()(cli_audit.audit_table)
+app.command()(cli_doctor.doctor)
 app.command(cli_eval.NAME)(cli_eval.evaluate)
 app.command(cli_router.NAME)(cli_router.train_router)
 

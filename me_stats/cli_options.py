@@ -86,7 +86,7 @@ def prepare_models(models: Sequence[str], *, device: str, say: Callable[[str], N
     from me_stats.models import catalog
 
     check_device(device)
-    for name in dict.fromkeys(models):
+    for name in dict.fromkeys(model.removesuffix(":gguf") for model in models):
         if name in catalog.CATALOG and not catalog.pulled(name):
             catalog.pull(name, progress=say)
         catalog.resolve(name)

@@ -72,8 +72,8 @@ def open_setting(
     Parameters
     ----------
     models
-        Names that `TransformersModel` takes, or a catalog name with ``:gguf``: llama.cpp's server then runs the model on
-        this machine's processor in the precision of its file, until nothing refers to it. One name means prompt
+        Names that `TransformersModel` takes, or a catalog name with ``:gguf``: llama.cpp's server then runs the model
+        on this machine's processor in the precision of its file, until nothing refers to it. One name means prompt
         ensembling.
     weights
         λ; default (0.6, 0.4) for two components, so that a swap of components shows, else equal.

@@ -174,16 +174,22 @@ class Recorder:
 
     def add_model(self, name: str, model: Any) -> None:
         """Note a model's identity."""
-        network = getattr(model, "network", None)
+        network, served = getattr(model, "network", None), getattr(model, "identity", None)
+        dtype = "float64" if served is None else "as served"
+        kept = None if served is None else {key: value for key, value in served.items() if key != "model_path"}
         self.models.append(
             {
                 "name": name,
                 "kind": type(model).__name__,
-                "dtype": str(model.dtype).removeprefix("torch.") if network is not None else "float64",
+                "dtype": str(model.dtype).removeprefix("torch.")
+                if network is not None
+                else "float64"
+                if served is None
+                else "as served",
                 "device": str(model.device) if network is not None else "cpu",
                 "parameters": sum(p.numel() for p in network.parameters()) if network is not None else None,
                 "vocabulary": {"size": model.vocabulary.size, "fingerprint": model.vocabulary.fingerprint},
-                "source": getattr(model, "source", None),
+                "source": getattr(model, "source", kept),
             }
         )
 

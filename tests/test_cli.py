@@ -54,6 +54,7 @@ def test_module_runs_as_a_program(argument: str, expected: str) -> None:
         ("tokenizers",),
         ("audit-table",),
         ("eval",),
+        ("doctor",),
         ("models", "list"),
         ("models", "pull"),
         ("models", "path"),
@@ -74,7 +75,7 @@ def test_every_command_is_in_the_help(run: Run) -> None:
         if command.callback is not None
     }
     known = {"reproduce", "report", "fit-lambda", "sweep", "long", "compare", "tokenizers", "train-router", "bench",
-             "audit-table", "eval"}  # fmt: skip
+             "audit-table", "eval", "doctor"}  # fmt: skip
     assert commands == known
     text = run("--help").out
     assert all(name in text for name in (*commands, "models"))

@@ -223,3 +223,28 @@ def test_a_recorded_setting_is_the_configs_and_names_its_models() -> None:
     setting = open_recorded(recorder, weights=[0.25, 0.75])
     assert weights(setting) == [0.25, 0.75]
     assert [(model["name"], model["dtype"]) for model in recorder.models] == [(name, "bfloat16") for name in SIBLINGS]
+
+
+def test_a_gguf_name_is_served_here_in_the_precision_of_its_file() -> None:
+    with pytest.raises(ValueError, match=r"smollm2-135m:gguf runs on the cpu.*leave dtype and device out"):
+        open_setting(["smollm2-135m:gguf"], dtype="bfloat16")
+
+
+def test_a_gguf_name_opens_a_server_under_two_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("xllamacpp", reason="needs xllamacpp: pip install me-stats[llamacpp]")
+    from me_stats.models.catalog import CatalogError, pulled
+    from me_stats.served import ServedME
+    from me_stats.served.llamacpp import gguf_path
+
+    try:
+        gguf_path("smollm2-135m")
+    except CatalogError as error:
+        pytest.skip(str(error))
+    if not pulled("smollm2-135m"):
+        pytest.skip("the tokenizer of smollm2-135m is not on this machine: run 'me-stats models pull smollm2-135m'")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    setting = open_setting(["smollm2-135m:gguf"])
+    assert setting.label == "smollm2-135m:gguf under 2 prompts"
+    trace = ServedME(setting.ensemble).sample(list(setting.prompts[:2]), max_new_tokens=5, seed=1)
+    assert trace.lengths.tolist() == [5, 5]
+    setting.models[0][1].client.close()
