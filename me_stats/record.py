@@ -181,11 +181,7 @@ class Recorder:
             {
                 "name": name,
                 "kind": type(model).__name__,
-                "dtype": str(model.dtype).removeprefix("torch.")
-                if network is not None
-                else "float64"
-                if served is None
-                else "as served",
+                "dtype": str(model.dtype).removeprefix("torch.") if network is not None else dtype,
                 "device": str(model.device) if network is not None else "cpu",
                 "parameters": sum(p.numel() for p in network.parameters()) if network is not None else None,
                 "vocabulary": {"size": model.vocabulary.size, "fingerprint": model.vocabulary.fingerprint},
