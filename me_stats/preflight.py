@@ -159,12 +159,16 @@ def free_memory(device: str) -> int | None:
 def _span(seconds: tuple[float, float] | None) -> str:
     """A range of times for people.
 
-    >>> _span((0.4, 2.0)), _span((100.0, 400.0)), _span((4000.0, 9000.0))
-    ('0.4 to 2 s', '1.7 to 6.7 min', '1.1 to 2.5 h')
+    >>> _span((0.4, 2.0)), _span((100.0, 400.0)), _span((4000.0, 7000.0))
+    ('0.4 to 2 s', '1.7 to 6.7 min', '67 to 117 min')
     """
     low, high = seconds or (0.0, 0.0)
     unit, name = next(pair for pair in ((3600, "h"), (60, "min"), (1, "s")) if high >= 2 * pair[0] or pair[0] == 1)
-    return f"{low / unit:.2g} to {high / unit:.2g} {name}"
+    return f"{_digits(low / unit)} to {_digits(high / unit)} {name}"
+
+
+def _digits(value: float) -> str:
+    return f"{value:.0f}" if value >= 10 else f"{value:.2g}"
 
 
 # --- machine --------------------------------------------------------------------------------------------
