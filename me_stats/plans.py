@@ -207,7 +207,7 @@ _LANGUAGE_FULL: Options = {
 _LANGUAGE_LAPTOP: Options = {
     "per_step": {"prompts": 1, "draws": 1_000_000},
     "certificate": {"rows": 4, "steps": 32},
-    "sequences": {"exact_cases": ((3, 3),), "rows": 32, "steps": 24, "coupled_rows": 2},
+    "sequences": {"exact_cases": ((3, 3),), "rows": 64, "steps": 32, "coupled_rows": 2},
     "cache_floor": {"rows": 2, "steps": 32, "lags": (1, 4, 16)},
     "transform_order": {"rows": 4, "steps": 24, "sequence_rows": 12, "sequence_steps": 48},
     "speed": {
