@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from me_stats.cli_options import Device, Dtype, Precision, check_out, parsed_weights, prepare_models, say
+from me_stats.cli_options import Device, Dtype, Precision, check_out, numbers_table, parsed_weights, prepare_models, say
 
 if TYPE_CHECKING:
     from me_stats.orders import OrderedLaw, Transforms
@@ -289,7 +288,7 @@ def distances(record: Record) -> Table:
     found = record.results["comparison"]
     shares = ", ".join(f"{float(level):.0%}" for level in found["quantiles"])
     quantiles = ", ".join(f"{value:.2g}" for value in found["quantiles"].values())
-    table = _table("a step", "")
+    table = numbers_table("a step", "")
     table.add_row("mean TV [95%]", _interval(found["step"]))
     table.add_row(f"TV at {shares} of prefixes", quantiles)
     table.add_row("largest TV", f"{found['largest']:.2g}")
@@ -302,7 +301,7 @@ def causes(record: Record) -> Table | None:
     """TV a step of each cause alone, and together with those above it."""
     if not record.results["causes"]:
         return None
-    table = _table("cause", "TV alone", "with those above")
+    table = numbers_table("cause", "TV alone", "with those above")
     for cause in record.results["causes"]:
         alone = _interval(cause["alone"]) if cause["alone"] is not None else ""
         table.add_row(cause["name"].replace("_", "-"), alone, _interval(cause["cumulative"]))
@@ -311,7 +310,7 @@ def causes(record: Record) -> Table | None:
 
 def texts(record: Record) -> Table:
     """TV of whole texts by length."""
-    table = _table("tokens", "TV of whole texts [95%]", "q cannot write (97.5%)")
+    table = numbers_table("tokens", "TV of whole texts [95%]", "q cannot write (97.5%)")
     for gap in record.results["comparison"]["lengths"]:
         table.add_row(str(gap["length"]), _interval(gap["tv"]), f">= {_percent(gap['outside']['lower'])}")
     table.caption = "The right column bounds the same TV from below."
@@ -323,7 +322,7 @@ def speed(record: Record) -> Table:
     """Network runs a token of each exact way."""
     found = record.results
     forwards, acceptance = found["forwards"], found["comparison"]["forecast"]["acceptance"]
-    table = _table("law", "runs a token", "exact by")
+    table = numbers_table("law", "runs a token", "exact by")
     if found["drawn_by"] == "MESampler":
         table.add_row("p", str(forwards["ME"]), "ME")
     table.add_row("q", str(forwards["CE"]), "CE")
@@ -342,13 +341,6 @@ def _show_worst(worst: Sequence[dict[str, Any]], console: Console) -> None:
         console.print(Text(f"row {prefix['row']}, step {prefix['step']}: TV {prefix['tv']:.2g} after {shown}"))
         tokens = [f"{entry['token']} p {entry['p']:.2g} q {entry['q']:.2g}" for entry in prefix["tokens"]]
         console.print(Text(f"  {'; '.join(tokens)}"))
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    return table
 
 
 def _interval(estimate: dict[str, Any]) -> str:

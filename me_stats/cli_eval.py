@@ -6,12 +6,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from me_stats.cli_options import Device, Dtype, Precision, check_device, check_out, parsed_weights, prepare_models, say
+from me_stats.cli_options import (
+    Device,
+    Dtype,
+    Precision,
+    check_device,
+    check_out,
+    numbers_table,
+    parsed_weights,
+    prepare_models,
+    say,
+)
 
 if TYPE_CHECKING:
     from me_stats.record import Record
@@ -153,7 +162,7 @@ def show(record: Record, console: Console) -> None:
 def accuracies(record: Record) -> Table:
     """Mean scores of each task and arm: percent, or bits per byte; a group is its items taken as one set."""
     found = record.results
-    table = _table("task", "metric", "items", "runs", *found["arms"])
+    table = numbers_table("task", "metric", "items", "runs", *found["arms"])
     for entry in found["tasks"]:
         share = entry["metric"] != "bits_per_byte"
         means = [f"{100 * mean:.1f}%" if share else f"{mean:.3f}" for mean in entry["mean"].values()]
@@ -168,7 +177,7 @@ def accuracies(record: Record) -> Table:
 
 def differences(record: Record) -> Table:
     """ME - CE in points, with 95% intervals of both readings."""
-    table = _table("ME - CE, points", "these items [95%]", "items like these [95%]", "smallest margin shown")
+    table = numbers_table("ME - CE, points", "these items [95%]", "items like these [95%]", "smallest margin shown")
     for entry in record.results["differences"]:
         cells = [_interval(entry[reading]["estimate"]) for reading in ("these_items", "items_like_these")]
         table.add_row(entry["task"], *cells, f"{100 * entry['these_items']['smallest_margin']:.1f}")
@@ -184,13 +193,6 @@ def _verdict(entry: dict[str, Any], margin: float) -> str:
     if not shown:
         return f"{name} is not shown: more items or seeds are needed"
     return f"{name} is shown for {' and for '.join(shown)}"
-
-
-def _table(*columns: str) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="right" if number else "left", no_wrap=True)
-    return table
 
 
 def _interval(estimate: dict[str, Any]) -> str:

@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich import box
 from rich.console import Console
+from rich.table import Table
 
 if TYPE_CHECKING:
     from me_stats.presets import Setting
@@ -104,3 +106,11 @@ def parsed_weights(text: str, option: str) -> tuple[float, ...] | None:
         return tuple(ConstantMixing([float(part) for part in text.split(",")]).weights.tolist())
     except ValueError as error:
         raise ValueError(f"{option} {text}: {error}") from error
+
+
+def numbers_table(*columns: str) -> Table:
+    """An empty table with names in its first column and numbers in the others."""
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="right" if number else "left", no_wrap=True)
+    return table
