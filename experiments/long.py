@@ -11,6 +11,7 @@ import math
 import os
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -67,10 +68,12 @@ def run(
     *,
     work: Path | None = None,
     workers: int | None = None,
+    executor: Executor | None = None,
 ) -> Record:
     """Generate what `work` does not hold yet, summarise, judge. Without `work` nothing is kept but the record.
 
-    `workers` processes share the parts; by default one per core for the bundled models, else one.
+    `workers` processes share the parts; by default one per core for the bundled models, else one. An `executor` runs
+    them instead.
     """
     recorder = Recorder(NAME, TITLE, config)
     names = {field.name for field in fields(LongPlan)}
@@ -85,7 +88,7 @@ def run(
     with folder as place:
         recorder.count_earlier(seconds_spent(Path(place)))
         files = generate(
-            plan, Path(place), workers=_workers(config) if workers is None else workers,
+            plan, Path(place), workers=workers or (1 if executor else _workers(config)), executor=executor,
             progress=lambda done, total: progress(0.95 * done / total, f"{done:,} of {total:,} tokens"),
         )  # fmt: skip
         progress(0.95, "comparing")

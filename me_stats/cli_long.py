@@ -11,6 +11,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from me_stats import cli_executor
 from me_stats.cli_options import Device, Dtype, Models, Precision, check_out, parsed_weights, prepare_models, say
 
 if TYPE_CHECKING:
@@ -53,6 +54,10 @@ def long(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Processes; default one per core for bundled models, else one.")
     ] = None,
+    executor: cli_executor.Kind = cli_executor.Executor.here,
+    threads: cli_executor.Threads = None,
+    gpus_per_worker: cli_executor.Gpus = 0.0,
+    executor_option: cli_executor.Options = None,
     seed: Annotated[int, typer.Option(min=0, help="Keys every random number of the run.")] = 0,
     device: Device = "cpu",
     dtype: Precision = Dtype.float32,
@@ -74,6 +79,10 @@ def long(
     console = Console(stderr=True)
     check_out(out, "")
     law = parsed_weights(weights, "--weights")
+    here = executor == cli_executor.Executor.here  # whose processes --workers counts, too
+    workplace = cli_executor.opened(
+        executor, 1 if here or workers is None else workers, threads, gpus_per_worker, executor_option or ()
+    )
     prepare_models(models, device=device, say=lambda line: say(console, line))
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -95,7 +104,9 @@ def long(
             bar.update(task, completed=fraction, description=note)
 
         try:
-            record: Record = experiment.run(config, show, work=out / "parts", workers=workers)
+            with workplace as pool:
+                counted = workers if here else None
+                record: Record = experiment.run(config, show, work=out / "parts", workers=counted, executor=pool)
         except KeyboardInterrupt:
             bar.stop()
             say(

@@ -233,3 +233,18 @@ def test_models_are_pulled_where_they_are_missing_and_nothing_is_opened(monkeypa
         prepare_models(SIBLINGS, device="abacus", say=done.append)
     assert cli_options.Dtype("float16") is cli_options.Dtype.float16
     assert issubclass(typer.Exit, RuntimeError)  # so a failed check is no other error
+
+
+def test_other_workers_leave_the_same_numbers(run: Run) -> None:
+    command = (*SMALL[:-2], "--seed", "5")
+    assert run("long", *command, "--workers", "1").code == 0
+    elsewhere = ("--executor", "processes", "--workers", "2", "--threads", "1", "--out", "there")
+    result = run("long", *command, *elsewhere)
+    assert result.code == 0, result.err
+    here, there = (Record.load(Path(folder, "long.json")) for folder in ("long", "there"))
+    assert (here.results, here.findings) == (there.results, there.findings)
+    assert {name: content for name, (_, content) in parts().items()} == {
+        name: content for name, (_, content) in parts("there").items()
+    }
+    refused = run("long", *command, "--threads", "2")
+    assert refused.line == "me-stats: --threads needs --executor processes, ray or slurm"
