@@ -58,12 +58,10 @@ def check_out(out: Path, folder: str = "records") -> None:
 
 def check_device(device: str) -> None:
     """ValueError with the reason if there is no such device."""
-    import torch
+    from me_stats.devices import device_fault
 
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: {str(error).splitlines()[0]}") from error
+    if fault := device_fault(device):
+        raise ValueError(f"--device {device}: {fault}")
 
 
 def open_models(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import shlex
 from collections.abc import Sequence
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, get_args
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -135,9 +135,10 @@ def reproduce(
         raise typer.Exit(0 if found.passed else CHECK_FAILED)
     if not found.passed:
         console.print(preflight.table(found.checks))
-    if not found.passed and executor.is_this_machine:  # others have devices and memory of their own
-        wrong = sum(check.status == "fail" for check in found.checks)
-        raise ValueError(f"{wrong} of {len(found.checks)} checks failed before the first forward; remedies stand above")
+        if executor.is_this_machine:  # others have devices and memory of their own
+            wrong = sum(check.status == "fail" for check in found.checks)
+            counts = f"{wrong} of {len(found.checks)}"
+            raise ValueError(f"{counts} checks failed before the first forward; remedies stand above")
     records = cli_executor.run(parts, out / "records", fresh, console, workplace)
     page, _ = _write(records, out)
     from me_stats.report import failures
@@ -203,6 +204,11 @@ def _commands(records: Sequence[Record]) -> dict[str, str]:
     from me_stats import groups, plans
 
     sizes = get_args(plans.Size)
+
+    @cache  # most records come from a few sets of options
+    def keys(size: plans.Size, given: tuple[tuple[str, Any], ...]) -> set[str]:
+        return {part.key for part in plans.plan(**dict(given), size=size, data=True)}
+
     default = {part.name for size in sizes for part in plans.plan(size=size, data=True)}
     usual = {"device": "cpu", "dtype": "float32", "seed": 0}
     commands = {}
@@ -220,9 +226,9 @@ def _commands(records: Sequence[Record]) -> dict[str, str]:
         options = {name: config[name] for name in usual if config.get(name, usual[name]) != usual[name]}
         if record.name not in default and "models" in config:
             options["models"] = config["models"]
-        planned = {size: {part.key for part in plans.plan(**options, size=size, data=True)} for size in sizes}
+        given = tuple((name, tuple(value) if name == "models" else value) for name, value in options.items())
         # A record of another version fits none of the sizes: those that we keep are of full runs.
-        size = next((size for size in ("laptop", "quick") if record.key in planned[size]), "full")
+        size = next((size for size in ("laptop", "quick") if record.key in keys(size, given)), "full")
         words = ["me-stats", "reproduce"] + [f"--{size}"] * (size != "laptop")
         words += ["--data", "FOLDER"] * bool(record.results.get("files"))
         for name, value in options.items():

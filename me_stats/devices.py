@@ -16,6 +16,18 @@ def torch_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
+def device_fault(device: str) -> str | None:
+    """Why there is no device of this name, in a line; None if there is one.
+
+    >>> device_fault("cpu")
+    """
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
 def on_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     """`array` as a tensor on `device`; the host does not wait for what the device still has to do.
 

@@ -170,7 +170,7 @@ def _weights(opened: OpenModel) -> str:
 def _tokenizer(name: str, opened: OpenModel) -> str | Check:
     from transformers import AutoTokenizer, GenerationConfig
 
-    from me_stats.models.huggingface import _vocabulary
+    from me_stats.models.huggingface import vocabulary_of
 
     assert opened.checkpoint is not None
     if opened.checkpoint.folder is not None:
@@ -182,7 +182,7 @@ def _tokenizer(name: str, opened: OpenModel) -> str | Check:
                     "copy the tokenizer's files from the model that it was trained from") from error  # fmt: skip
     with contextlib.suppress(OSError, ValueError):  # without one the config says where sequences end
         opened.network.generation_config = GenerationConfig.from_pretrained(opened.checkpoint.source)
-    vocabulary = opened.vocabulary = _vocabulary(opened.network, tokenizer)
+    vocabulary = opened.vocabulary = vocabulary_of(opened.network, tokenizer)
     width = opened.network.config.get_text_config().vocab_size
     detail = f"{len(tokenizer):,} tokens, {width:,} rows of logits"
     if len(tokenizer) > width:
@@ -196,7 +196,7 @@ def _tokenizer(name: str, opened: OpenModel) -> str | Check:
 
 
 def _template(name: str, opened: OpenModel, alone: bool, chat: bool) -> str | Check:
-    from me_stats.presets import SYSTEM_PROMPTS, _chat
+    from me_stats.presets import SYSTEM_PROMPTS, chat_text
 
     assert opened.vocabulary is not None
     tokenizer = opened.vocabulary.tokenizer
@@ -210,7 +210,7 @@ def _template(name: str, opened: OpenModel, alone: bool, chat: bool) -> str | Ch
     if alone:
         remedy = "give a model whose chat template puts the system prompt first, or two models"
         try:
-            heads = [_chat(tokenizer, [("system", system)]) for system in SYSTEM_PROMPTS]
+            heads = [chat_text(tokenizer, [("system", system)]) for system in SYSTEM_PROMPTS]
         except ValueError as error:
             raise Fault(str(error), remedy) from error
         if any(system not in head for system, head in zip(SYSTEM_PROMPTS, heads, strict=True)):

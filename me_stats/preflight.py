@@ -14,7 +14,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from me_stats.devices import torch_dtype
+from me_stats.devices import device_fault, torch_dtype
 from me_stats.model_checks import Check, OpenModel, Status, open_model, to_pull, vocabularies
 from me_stats.part_cost import GIB, PROMPT, Forecast, ModelSize, forecast, machine_of, runs_of
 from me_stats.tokenizer_sources import label_of
@@ -177,11 +177,9 @@ def _digits(value: float) -> str:
 def _device(device: str) -> Check:
     import torch
 
-    try:
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
+    if fault := device_fault(device):
         here = "cuda" if torch.cuda.is_available() else "cpu"
-        return Check("device", "fail", f"{device}: {_line(error)}", f"give --device {here}, or run where there is one")
+        return Check("device", "fail", f"{device}: {fault}", f"give --device {here}, or run where there is one")
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else f"threads: {torch.get_num_threads()}"
     return Check("device", "ok", f"{device}, {name}")
 

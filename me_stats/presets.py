@@ -161,20 +161,21 @@ def _under_system_prompts(model: LanguageModel, name: str) -> tuple[list[Conditi
     if getattr(tokenizer, "chat_template", None) is None:
         contexts = [f"{system}\n\n" for system in SYSTEM_PROMPTS]
         return [Conditioned(model, context) for context in contexts], list(TEXT_PROMPTS)
-    heads = [_chat(tokenizer, [("system", system)]) for system in SYSTEM_PROMPTS]
+    heads = [chat_text(tokenizer, [("system", system)]) for system in SYSTEM_PROMPTS]
     if any(system not in head for system, head in zip(SYSTEM_PROMPTS, heads, strict=True)):
         # Some templates move it into the first user turn: the components would be one and the same.
         raise ValueError(f"the chat template of {name} does not put the system prompt first")
     prompts: list[Prompt] = []
     for text in CHAT_PROMPTS:
-        whole = _chat(tokenizer, [("system", SYSTEM_PROMPTS[0]), ("user", text)], reply=True)
+        whole = chat_text(tokenizer, [("system", SYSTEM_PROMPTS[0]), ("user", text)], reply=True)
         if not whole.startswith(heads[0]):
             raise ValueError(f"the chat template of {name} does not put the system prompt first")
         prompts.append(whole[len(heads[0]) :])
     return [Conditioned(model, head) for head in heads], prompts
 
 
-def _chat(tokenizer: Any, turns: Sequence[tuple[str, str]], *, reply: bool = False) -> str:
+def chat_text(tokenizer: Any, turns: Sequence[tuple[str, str]], *, reply: bool = False) -> str:
+    """The text of `turns` (role, content) in the chat format of `tokenizer`; with `reply`, up to where it answers."""
     messages = [{"role": role, "content": content} for role, content in turns]
     try:
         return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply))

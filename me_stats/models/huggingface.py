@@ -99,7 +99,7 @@ class TransformersModel(LanguageModel):
         self._graphs: GraphPool | None = None  # the probe runs without
         self._cache_bytes, self._token_bytes = int(max_cache_gb * 2**30), 0
         self.context_length = _context_length(self.network.config.get_text_config())
-        self.vocabulary = _vocabulary(self.network, tokenizer)
+        self.vocabulary = vocabulary_of(self.network, tokenizer)
         if session == "ragged":
             self._refusing(lambda: self.network.set_attn_implementation(attention_for(self.network)))
         self._probe()
@@ -317,7 +317,8 @@ def _context_length(config: Any) -> int | None:
     return window
 
 
-def _vocabulary(network: Any, tokenizer: Any) -> Vocabulary:
+def vocabulary_of(network: Any, tokenizer: Any) -> Vocabulary:
+    """The ids that a network gives laws over and its tokenizer (None: none) names, with the ends it declares."""
     width = network.config.get_text_config().vocab_size
     known = width if tokenizer is None else min(width, len(tokenizer))
     declared = network.generation_config.eos_token_id if network.generation_config is not None else None

@@ -132,7 +132,7 @@ def served_vocabulary(name: str) -> Vocabulary:
     # transformers takes seconds to import.
     from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 
-    from me_stats.models.huggingface import _vocabulary
+    from me_stats.models.huggingface import vocabulary_of
 
     source = resolve(name.removesuffix(SUFFIX))
     try:
@@ -140,7 +140,7 @@ def served_vocabulary(name: str) -> Vocabulary:
     except OSError:
         generation = None
     network = SimpleNamespace(config=AutoConfig.from_pretrained(source), generation_config=generation)
-    return _vocabulary(network, AutoTokenizer.from_pretrained(source))
+    return vocabulary_of(network, AutoTokenizer.from_pretrained(source))
 
 
 def _wait(url: str, seconds: float) -> None:

@@ -7,13 +7,13 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import numpy as np
 
 from me_stats.models import TableModel
 from me_stats.served import ServedModel
+from tests.http_server import JsonHandler, Server, listening
 
 Fault = Callable[[int], str | None]
 FAULTS = ("500", "503", "429", "drop", "lost", "truncated", "malformed", "repeat", "delay")
@@ -161,9 +161,7 @@ def direct(fake: Fake, **options: Any) -> ServedModel:
     return model
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # otherwise every answer waits 40 ms for an acknowledgement
+class _Handler(JsonHandler):
     server: _Server
 
     def do_GET(self) -> None:
@@ -210,38 +208,20 @@ class _Handler(BaseHTTPRequestHandler):
         else:
             self.answer(200, before if fault == "repeat" and before else body)
 
-    def answer(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Tests read `requests` instead of a log."""
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 64
-    PORT = 0  # any
-
+class _Server(Server):
     def __init__(self, fake: Fake) -> None:
-        super().__init__(("127.0.0.1", self.PORT), _Handler)
+        super().__init__(_Handler)
         self.fake = fake
 
 
 @contextmanager
 def running(fake: Fake) -> Iterator[str]:
     """Url of a server that answers as `fake`; give it another `fake` to restart it with another model."""
-    with _Server(fake) as server:
-        fake.server = server  # type: ignore[attr-defined]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}"
-        finally:
-            server.shutdown()
-            thread.join()
+    server = _Server(fake)
+    fake.server = server  # type: ignore[attr-defined]
+    with listening(server) as url:
+        yield url
 
 
 @contextmanager

@@ -6,11 +6,11 @@ import json
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from me_stats import CESampler
 from me_stats.models import LanguageModel, MinP, Temperature, TopK, TopP, Warp, Warped
+from tests.http_server import JsonHandler, Server, listening
 
 KEY = "sk-not-a-secret"
 
@@ -74,9 +74,7 @@ class CompletionsServer:
         return {"object": "text_completion", "model": request["model"], "choices": [choice]}
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # otherwise every answer waits 40 ms for an acknowledgement
+class _Handler(JsonHandler):
     server: _Server
 
     def do_POST(self) -> None:
@@ -117,23 +115,10 @@ class _Handler(BaseHTTPRequestHandler):
                 answer["choices"][0]["token_ids"].pop()
             self.answer(200, answer)
 
-    def answer(self, status: int, content: Any, headers: dict[str, str] | None = None) -> None:
-        body = content if isinstance(content, bytes) else json.dumps(content).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(body)), **(headers or {})}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(body)
 
-    def log_message(self, format: str, *args: Any) -> None:
-        """Tests read `requests` instead of a log."""
-
-
-class _Server(ThreadingHTTPServer):
-    request_queue_size = 64
-
+class _Server(Server):
     def __init__(self, served: CompletionsServer) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+        super().__init__(_Handler)
         self.served = served
 
 
@@ -141,12 +126,5 @@ class _Server(ThreadingHTTPServer):
 def serving(model: LanguageModel, **options: Any) -> Iterator[tuple[str, CompletionsServer]]:
     """Base url of a running `CompletionsServer`, and the server itself."""
     served = CompletionsServer(model, **options)
-    with _Server(served) as server:
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        try:
-            yield f"http://127.0.0.1:{server.server_address[1]}/v1", served
-        finally:
-            served.stopped.set()
-            server.shutdown()
-            thread.join()
+    with listening(_Server(served), before_the_end=served.stopped.set) as url:
+        yield f"{url}/v1", served
